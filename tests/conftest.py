@@ -1,0 +1,33 @@
+"""What the tests of every room share: where the real recordings are, and a small model."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+torch.set_num_threads(2)
+
+
+def _recordings(name: str) -> Path:
+    root = os.environ.get("QLUNG_DATA")
+    if not root:
+        pytest.skip(f"QLUNG_DATA is not set: real recordings of {name} are not tested")
+    folder = Path(root) / name
+    if not folder.is_dir():
+        pytest.skip(f"QLUNG_DATA={root} holds no {name}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_icbhi() -> Path:
+    """Folder that holds ICBHI_final_database."""
+    return _recordings("icbhi_2017")
+
+
+@pytest.fixture(scope="session")
+def real_sprsound() -> Path:
+    """Folder that holds BioCAS2022."""
+    return _recordings("sprsound_2022")
