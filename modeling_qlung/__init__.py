@@ -1,0 +1,19 @@
+"""QLung: respiratory-sound classification with angular margins and sharpness-aware training.
+
+This package's four top modules are what a checkpoint carries on the Hub; `training`, `inference` and `evaluation` are
+what a trainer, an application and a researcher need beside them.
+"""
+
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification
+
+from .configuration_qlung import QLungConfig
+from .feature_extraction_qlung import QLungFeatureExtractor
+from .modeling_qlung import QLungForAudioClassification, QLungModel
+
+AutoConfig.register("qlung", QLungConfig, exist_ok=True)
+AutoFeatureExtractor.register(QLungConfig, QLungFeatureExtractor, exist_ok=True)
+AutoModel.register(QLungConfig, QLungModel, exist_ok=True)
+AutoModelForAudioClassification.register(QLungConfig, QLungForAudioClassification, exist_ok=True)
+
+__all__ = ["QLungConfig", "QLungFeatureExtractor", "QLungForAudioClassification", "QLungModel"]
+__version__ = "0.1.0"

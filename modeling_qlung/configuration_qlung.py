@@ -1,0 +1,92 @@
+"""Configuration of QLung models: an audio encoder, a pooling and a classification head."""
+
+import math
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+LABELS = ("normal", "crackle", "wheeze", "both")
+POOLINGS = ("cls_dist", "mean")
+HEADS = ("angular", "linear")
+
+
+class QLungConfig(PreTrainedConfig):
+    r"""
+    Configuration of [`QLungModel`] and [`QLungForAudioClassification`].
+
+    The label map (`id2label`, `label2id`) defaults to the four ICBHI classes: normal, crackle, wheeze, both.
+
+    Args:
+        audio_config (`dict` or `PreTrainedConfig`, *optional*):
+            Configuration of the encoder, any Transformers audio encoder. Defaults to AST base for 8 s of audio
+            (798 frames of 128 mel bands).
+        pooling (`str`, *optional*, defaults to `"cls_dist"`):
+            `"cls_dist"`: the mean of AST's class and distillation tokens (Gong et al. 2021);
+            `"mean"`: the mean over all tokens (SAM-AST, arXiv 2512.22564).
+        head (`str`, *optional*, defaults to `"angular"`):
+            `"angular"`: logits are `scale` times the cosines between embedding and class weights
+            (QLung, arXiv 2606.11915); `"linear"`: an affine map.
+        scale (`float`, *optional*, defaults to 37.0):
+            s_a, the factor from cosines to logits of the angular head.
+        dropout (`float`, *optional*, defaults to 0.0):
+            Dropout on the pooled embedding, before the head.
+        class_priors (`list[float]`, *optional*):
+            Share of each class in the training set, in label order; informative at inference.
+
+    Raises:
+        ValueError: for an unknown pooling or head, or a value out of range.
+    """
+
+    model_type = "qlung"
+    sub_configs = {"audio_config": AutoConfig}  # noqa: RUF012 - Transformers' own class attribute
+    keys_to_ignore_at_inference = ["cosines", "pooler_output", "hidden_states", "attentions"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        audio_config: dict | PreTrainedConfig | None = None,
+        pooling: str = "cls_dist",
+        head: str = "angular",
+        scale: float = 37.0,
+        dropout: float = 0.0,
+        class_priors: list[float] | None = None,
+        **kwargs,
+    ):
+        if audio_config is None:
+            audio_config = {"model_type": "audio-spectrogram-transformer", "max_length": 798}
+        if isinstance(audio_config, dict):
+            audio_config = dict(audio_config)
+            model_type = audio_config.pop("model_type", "audio-spectrogram-transformer")
+            audio_config = CONFIG_MAPPING[model_type](**audio_config)
+        self.audio_config: PreTrainedConfig = audio_config
+        self.pooling = pooling
+        self.head = head
+        self.scale = scale
+        self.dropout = dropout
+        self.class_priors = class_priors
+        if kwargs.get("id2label") is None and kwargs.get("num_labels", len(LABELS)) == len(LABELS):
+            kwargs["id2label"] = dict(enumerate(LABELS))
+            kwargs["label2id"] = {name: index for index, name in enumerate(LABELS)}
+        super().__init__(**kwargs)
+        self._validate()
+
+    def _validate(self) -> None:
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling is {self.pooling!r}; choose one of {', '.join(POOLINGS)}.")
+        if self.head not in HEADS:
+            raise ValueError(f"head is {self.head!r}; choose one of {', '.join(HEADS)}.")
+        if not self.scale > 0:
+            raise ValueError(f"scale is {self.scale}; it must be positive.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1).")
+        if self.class_priors is not None:
+            if len(self.class_priors) != self.num_labels:
+                raise ValueError(f"class_priors has {len(self.class_priors)} values for {self.num_labels} labels.")
+            if min(self.class_priors) < 0 or not math.isclose(sum(self.class_priors), 1.0, abs_tol=1e-3):
+                raise ValueError(f"class_priors are {self.class_priors}; they must be shares that add up to 1.")
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the pooled embedding."""
+        return self.audio_config.hidden_size
+
+
+QLungConfig.register_for_auto_class()

@@ -1,0 +1,263 @@
+"""Feature extractor of QLung: waveforms at 16 kHz to normalised Kaldi log-mel filterbanks of one fixed length."""
+
+import functools
+import math
+
+import numpy as np
+import torch
+from transformers import BatchFeature, SequenceFeatureExtractor
+from transformers.utils import logging
+
+from .quality_qlung import NORMALIZATIONS, entropy_and_rms, quality_score
+
+logger = logging.get_logger(__name__)
+
+PADDINGS = ("cyclic", "zero")
+FRAME_LENGTH_S, FRAME_SHIFT_S = 0.025, 0.010
+PREEMPHASIS = 0.97
+LOW_HZ = 20.0
+
+
+def _mel(hertz):
+    return 1127.0 * np.log1p(np.asarray(hertz, dtype=np.float64) / 700.0)
+
+
+@functools.lru_cache(maxsize=16)
+def _mel_filters(num_mel_bins: int, sampling_rate: int, fft_length: int, device: torch.device) -> torch.Tensor:
+    """Kaldi's triangles, equally spaced in mel from 20 Hz to Nyquist: (fft_length / 2 + 1, num_mel_bins)."""
+    edges = np.linspace(_mel(LOW_HZ), _mel(sampling_rate / 2), num_mel_bins + 2)
+    bins = _mel(np.arange(fft_length // 2 + 1) * sampling_rate / fft_length)[:, None]
+    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
+    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
+    return torch.tensor(np.maximum(0.0, np.minimum(rising, falling)), dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(maxsize=16)
+def _window(length: int, device: torch.device) -> torch.Tensor:
+    return torch.hann_window(length, periodic=False, device=device)
+
+
+def log_mel_filterbank(waveforms: torch.Tensor, sampling_rate: int = 16000, num_mel_bins: int = 128) -> torch.Tensor:
+    """Compute Kaldi's log-mel filterbank, batched and on the waveforms' device.
+
+    Frames of 25 ms every 10 ms that fit whole into the signal; per frame: mean removed, pre-emphasis 0.97, symmetric
+    Hann window, power spectrum, 20 Hz to Nyquist, natural logarithm floored at float32's epsilon. No dither.
+
+    Args:
+        waveforms: shape (batch, samples), float32.
+        sampling_rate: in Hz.
+        num_mel_bins: number of mel bands.
+
+    Returns:
+        Shape (batch, 1 + (samples - frame) // hop, num_mel_bins).
+    """
+    length, hop = int(FRAME_LENGTH_S * sampling_rate), int(FRAME_SHIFT_S * sampling_rate)
+    fft_length = 2 ** math.ceil(math.log2(length))
+    frames = waveforms.unfold(-1, length, hop)
+    frames = frames - frames.mean(dim=-1, keepdim=True)
+    previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)  # Kaldi repeats each frame's first sample
+    frames = torch.sub(frames, previous, alpha=PREEMPHASIS) * _window(length, waveforms.device)
+    spectrum = torch.view_as_real(torch.fft.rfft(frames, n=fft_length))
+    power = spectrum.square().sum(dim=-1)
+    mel = power @ _mel_filters(num_mel_bins, sampling_rate, fft_length, waveforms.device)
+    return mel.clamp_min_(torch.finfo(torch.float32).eps).log_()
+
+
+class QLungFeatureExtractor(SequenceFeatureExtractor):
+    r"""
+    Turns respiratory cycles of any length into the fixed-size input of a QLung model: cut or pad to `duration`, Kaldi
+    log-mel filterbank, `(x - mean) / (2 * std)`.
+
+    A waveform longer than `duration` is cut. A shorter one is repeated (`padding="cyclic"`) or followed by silence
+    (`"zero"`), and the last `fade_out` seconds of the padded clip fade linearly to zero, as in the Patch-Mix
+    preparation (Bae et al. 2023); the cycle's own start is faded only if `fade_in` asks for it.
+
+    Args:
+        feature_size (`int`, *optional*, defaults to 128): number of mel bands.
+        sampling_rate (`int`, *optional*, defaults to 16000): rate of the waveforms, in Hz.
+        padding_value (`float`, *optional*, defaults to 0.0): unused here, kept by Transformers.
+        duration (`float`, *optional*, defaults to 8.0): length of the padded clip, in seconds.
+        num_frames (`int`, *optional*):
+            Number of frames given out. Defaults to what `duration` holds (798 for 8 s). Further frames are zero before
+            normalisation, as in SAM-AST's 1024.
+        padding (`str`, *optional*, defaults to `"cyclic"`): `"cyclic"` or `"zero"`.
+        fade_in (`float`, *optional*, defaults to 0.0): linear fade at the clip's start, in seconds.
+        fade_out (`float`, *optional*, defaults to 0.0625): linear fade at a padded clip's end, in seconds.
+        mean (`float`, *optional*, defaults to -4.2677393): subtracted from the log-mel values (AudioSet's, from AST).
+        std (`float`, *optional*, defaults to 4.5689974): half of what they are then divided by.
+        quality_normalization (`str`, *optional*, defaults to `"raw"`):
+            How spectral entropy and RMS are normalised in the quality score: `raw`, `minmax`, `percentile`, `zscore`.
+        quality_statistics (`dict`, *optional*): what `fit_statistics` of `quality_qlung` gave on the training set.
+    """
+
+    model_input_names = ["input_values"]  # noqa: RUF012 - Transformers' own class attribute
+
+    def __init__(
+        self,
+        feature_size: int = 128,
+        sampling_rate: int = 16000,
+        padding_value: float = 0.0,
+        duration: float = 8.0,
+        num_frames: int | None = None,
+        padding: str = "cyclic",
+        fade_in: float = 0.0,
+        fade_out: float = 0.0625,
+        mean: float = -4.2677393,
+        std: float = 4.5689974,
+        quality_normalization: str = "raw",
+        quality_statistics: dict[str, list[float]] | None = None,
+        **kwargs,
+    ):
+        kwargs["return_attention_mask"] = False
+        super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+        if padding not in PADDINGS:
+            raise ValueError(f"padding is {padding!r}; choose one of {', '.join(PADDINGS)}.")
+        if duration < FRAME_LENGTH_S:
+            raise ValueError(f"duration is {duration} s; it must hold one frame of {FRAME_LENGTH_S} s.")
+        if min(fade_in, fade_out) < 0 or max(fade_in, fade_out) > duration:
+            raise ValueError(f"fade_in is {fade_in} and fade_out {fade_out} s; both must be within [0, {duration}].")
+        if std <= 0:
+            raise ValueError(f"std is {std}; it must be positive.")
+        if num_frames is not None and num_frames < 1:
+            raise ValueError(f"num_frames is {num_frames}; it must be positive.")
+        if quality_normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"quality_normalization is {quality_normalization!r}; choose one of {', '.join(NORMALIZATIONS)}."
+            )
+        self.duration = duration
+        self.num_frames = num_frames
+        self.padding = padding
+        self.fade_in = fade_in
+        self.fade_out = fade_out
+        self.mean = mean
+        self.std = std
+        self.quality_normalization = quality_normalization
+        self.quality_statistics = quality_statistics
+
+    @property
+    def num_samples(self) -> int:
+        """Length of the padded clip, in samples."""
+        return round(self.duration * self.sampling_rate)
+
+    @property
+    def max_length(self) -> int:
+        """Number of frames given out."""
+        if self.num_frames is not None:
+            return self.num_frames
+        return 1 + (self.num_samples - int(FRAME_LENGTH_S * self.sampling_rate)) // int(
+            FRAME_SHIFT_S * self.sampling_rate
+        )
+
+    def __call__(
+        self,
+        raw_speech,
+        sampling_rate: int | None = None,
+        return_tensors: str | None = None,
+        return_quality: bool = False,
+        device: str | torch.device = "cpu",
+        **kwargs,
+    ) -> BatchFeature:
+        """Prepare one waveform or a batch of them for the model.
+
+        Args:
+            raw_speech (`np.ndarray`, `torch.Tensor`, `list[float]`, or a list of these):
+                Mono waveforms of shape (samples,), float, in [-1, 1], at `self.sampling_rate`.
+            sampling_rate (`int`, *optional*): rate of `raw_speech`; pass it, so that a wrong one is an error.
+            return_tensors (`str`, *optional*): `"pt"` or `"np"`; by default a list of arrays.
+            return_quality (`bool`, *optional*, defaults to `False`): add `quality`, one score in [0, 1] per waveform.
+            device (`str`, *optional*, defaults to `"cpu"`): where the filterbank is computed; with
+                `return_tensors="pt"` the values stay there.
+
+        Returns:
+            `BatchFeature`: `input_values` of shape (batch, `max_length`, `feature_size`), and `quality` (batch,) if
+            asked for.
+
+        Raises:
+            ValueError: for another sampling rate, more than one channel, integer samples, and empty, NaN or infinite
+                waveforms.
+        """
+        if sampling_rate is None:
+            logger.warning_once(
+                f"Pass sampling_rate to {type(self).__name__}: it expects {self.sampling_rate} Hz and cannot tell."
+            )
+        elif sampling_rate != self.sampling_rate:
+            raise ValueError(
+                f"The waveform's rate is {sampling_rate} Hz and the model's {self.sampling_rate} Hz: resample it, for "
+                "example with soxr.resample(waveform, rate, model_rate)."
+            )
+        waveforms = [self._validated(waveform, index) for index, waveform in enumerate(_as_batch(raw_speech))]
+        features = self.extract_features(torch.stack([self.fit_length(waveform) for waveform in waveforms]).to(device))
+        data: dict = {"input_values": features if return_tensors == "pt" else list(features.cpu().numpy())}
+        if return_quality:
+            data["quality"] = np.array([self.quality(waveform) for waveform in waveforms], dtype=np.float32)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def quality(self, waveform: torch.Tensor | np.ndarray) -> float:
+        """Give the quality score in [0, 1] of one waveform as recorded, shape (samples,), at `self.sampling_rate`."""
+        entropy, rms = entropy_and_rms(waveform, self.sampling_rate)
+        return quality_score(entropy, rms, self.quality_normalization, self.quality_statistics)
+
+    def _validated(self, waveform, index: int) -> torch.Tensor:
+        waveform = torch.as_tensor(np.asarray(waveform) if isinstance(waveform, (list, tuple)) else waveform)
+        if waveform.ndim != 1:
+            raise ValueError(
+                f"Waveform {index} has shape {tuple(waveform.shape)}: give mono waveforms of shape (samples,), a batch "
+                "as a list of them; average the channels of stereo first."
+            )
+        if waveform.numel() == 0:
+            raise ValueError(f"Waveform {index} is empty: it must hold at least one sample.")
+        if not waveform.is_floating_point():
+            raise ValueError(
+                f"Waveform {index} holds {waveform.dtype}: convert integer samples to float in [-1, 1] first."
+            )
+        waveform = waveform.to(torch.float32)
+        if not torch.isfinite(waveform).all():
+            raise ValueError(f"Waveform {index} holds NaN or infinite samples: repair or drop the recording.")
+        return waveform
+
+    def fit_length(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Cut or pad a waveform (samples,) to `num_samples` and fade it: the first half of the preparation."""
+        length, target = waveform.numel(), self.num_samples
+        if length >= target:
+            clip = waveform[:target]
+        elif self.padding == "cyclic":
+            clip = waveform.repeat(math.ceil(target / length))[:target]
+        else:
+            clip = torch.nn.functional.pad(waveform, (0, target - length))
+        fade_in = round(self.fade_in * self.sampling_rate)
+        fade_out = round(self.fade_out * self.sampling_rate) if length < target else 0
+        if fade_in or fade_out:
+            clip = clip.clone()
+        if fade_in:
+            clip[:fade_in] *= torch.linspace(0, 1, fade_in, device=clip.device)
+        if fade_out:
+            clip[-fade_out:] *= torch.linspace(1, 0, fade_out, device=clip.device)
+        return clip
+
+    def extract_features(self, clips: torch.Tensor) -> torch.Tensor:
+        """Make normalised log-mel features of clips, on their device: the second half of the preparation.
+
+        Args:
+            clips: shape (batch, `num_samples`), float32, each from [`fit_length`].
+
+        Returns:
+            Shape (batch, `max_length`, `feature_size`).
+        """
+        # On a CPU one clip at a time stays in the cache, and is four times faster than a batch.
+        chunks = clips.split(1) if clips.device.type == "cpu" else (clips,)
+        features = torch.cat([log_mel_filterbank(chunk, self.sampling_rate, self.feature_size) for chunk in chunks])
+        features = features[:, : self.max_length]
+        features = torch.nn.functional.pad(features, (0, 0, 0, self.max_length - features.shape[1]))
+        return (features - self.mean) / (2 * self.std)
+
+
+def _as_batch(raw_speech) -> list:
+    """Make a list of waveforms from one waveform or a list of them."""
+    if isinstance(raw_speech, (np.ndarray, torch.Tensor)):
+        return [raw_speech]
+    if len(raw_speech) == 0:
+        raise ValueError("The waveform is empty: it must hold at least one sample.")
+    return [raw_speech] if np.isscalar(raw_speech[0]) else list(raw_speech)
+
+
+QLungFeatureExtractor.register_for_auto_class()

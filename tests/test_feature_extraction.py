@@ -1,0 +1,198 @@
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torchaudio
+from transformers import ASTFeatureExtractor, AutoFeatureExtractor
+
+import hf_datasets
+from modeling_qlung import QLungFeatureExtractor
+from modeling_qlung.feature_extraction_qlung import log_mel_filterbank
+from modeling_qlung.inference import read_audio
+
+
+def kaldi_features(clip: torch.Tensor, extractor: QLungFeatureExtractor) -> torch.Tensor:
+    """torchaudio's Kaldi filterbank with Patch-Mix's settings, normalised."""
+    features = torchaudio.compliance.kaldi.fbank(
+        clip[None],
+        htk_compat=True,
+        sample_frequency=16000,
+        use_energy=False,
+        window_type="hanning",
+        num_mel_bins=128,
+        dither=0.0,
+        frame_shift=10,
+    )
+    return (features - extractor.mean) / (2 * extractor.std)
+
+
+def noise(samples: int, seed: int = 0) -> np.ndarray:
+    return (0.1 * np.random.default_rng(seed).standard_normal(samples)).astype(np.float32)
+
+
+def test_every_real_cycle_matches_kaldi(real_icbhi, tmp_path):
+    extractor = QLungFeatureExtractor()
+    cycles = hf_datasets.load("icbhi", real_icbhi, allow_missing_audio=True, cache_dir=tmp_path)
+    audio = [row["bytes"] for split in cycles.values() for row in split.data.column("audio").to_pylist()]
+    assert len(audio) == 533
+    largest = 0.0
+    for row in audio:
+        waveform = read_audio(row)
+        ours = extractor(waveform, sampling_rate=16000, return_tensors="pt").input_values[0]
+        theirs = kaldi_features(extractor.fit_length(torch.from_numpy(waveform)), extractor)
+        assert ours.shape == theirs.shape == (798, 128)
+        largest = max(largest, (ours - theirs).abs().max().item())
+    print(f"largest difference from torchaudio's Kaldi filterbank over {len(audio)} cycles: {largest:.1e}")
+    assert largest <= 1e-3
+
+
+@pytest.mark.parametrize("samples", [400, 401, 15999, 128000])
+def test_filterbank_matches_kaldi_at_any_length(samples):
+    clip = torch.from_numpy(noise(samples))
+    extractor = QLungFeatureExtractor(mean=0.0, std=0.5)
+    ours = log_mel_filterbank(clip[None])[0]
+    torch.testing.assert_close(ours, kaldi_features(clip, extractor), atol=1e-3, rtol=0)
+
+
+def test_silence_is_floored_as_in_kaldi():
+    clip = torch.zeros(1600)
+    extractor = QLungFeatureExtractor(mean=0.0, std=0.5)
+    torch.testing.assert_close(log_mel_filterbank(clip[None])[0], kaldi_features(clip, extractor))
+
+
+def test_shorter_cycles_repeat_and_fade_out_only_at_the_end():
+    extractor = QLungFeatureExtractor(duration=1.0)
+    cycle = torch.from_numpy(noise(6000))
+    clip = extractor.fit_length(cycle)
+    expected = torch.cat([cycle, cycle, cycle[:4000]])
+    assert torch.equal(clip[:15000], expected[:15000])
+    torch.testing.assert_close(clip[15000:], expected[15000:] * torch.linspace(1, 0, 1000))
+    assert clip[-1] == 0
+
+
+def test_longer_cycles_are_cut_and_not_faded():
+    cycle = torch.from_numpy(noise(20000))
+    assert torch.equal(QLungFeatureExtractor(duration=1.0).fit_length(cycle), cycle[:16000])
+
+
+def test_fade_in_and_zero_padding():
+    cycle = torch.ones(8000)
+    clip = QLungFeatureExtractor(duration=1.0, padding="zero", fade_in=0.1, fade_out=0.0).fit_length(cycle)
+    torch.testing.assert_close(clip[:1600], torch.linspace(0, 1, 1600))
+    assert torch.equal(clip[1600:8000], torch.ones(6400))
+    assert torch.equal(clip[8000:], torch.zeros(8000))
+    assert torch.equal(cycle, torch.ones(8000)), "the caller's waveform was changed"
+
+
+def test_further_frames_are_zero_before_normalisation_as_in_transformers():
+    waveform = noise(128000)
+    ours = QLungFeatureExtractor(num_frames=1024)(waveform, sampling_rate=16000, return_tensors="pt").input_values
+    theirs = ASTFeatureExtractor(max_length=1024)(waveform, sampling_rate=16000, return_tensors="pt").input_values
+    assert ours.shape == (1, 1024, 128)
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+    assert ours[0, 900, 0] == pytest.approx(4.2677393 / (2 * 4.5689974))
+
+
+def test_fewer_frames_cut():
+    ours = QLungFeatureExtractor(num_frames=100)(noise(128000), sampling_rate=16000, return_tensors="pt")
+    full = QLungFeatureExtractor()(noise(128000), sampling_rate=16000, return_tensors="pt")
+    assert torch.equal(ours.input_values, full.input_values[:, :100])
+
+
+def test_a_batch_equals_its_items_and_takes_every_kind_of_waveform():
+    extractor = QLungFeatureExtractor(duration=1.0)
+    first, second = noise(9000, 1), noise(30000, 2)
+    batch = extractor([first, torch.from_numpy(second)], sampling_rate=16000, return_tensors="pt").input_values
+    assert batch.shape == (2, 98, 128)
+    for index, waveform in enumerate((first.tolist(), second)):
+        single = extractor(waveform, sampling_rate=16000, return_tensors="pt").input_values[0]
+        assert torch.equal(batch[index], single)
+    assert isinstance(extractor(first, sampling_rate=16000).input_values[0], np.ndarray)
+    assert extractor(first, sampling_rate=16000, return_tensors="np").input_values.shape == (1, 98, 128)
+
+
+def test_a_batch_computed_at_once_equals_one_at_a_time():
+    """What a GPU computes in one batch, and a CPU clip by clip."""
+    clips = torch.stack([torch.from_numpy(noise(16000, seed)) for seed in range(3)])
+    together = log_mel_filterbank(clips)
+    apart = torch.cat([log_mel_filterbank(clip[None]) for clip in clips])
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("waveform", "rate", "message"),
+    [
+        (noise(100), 8000, r"8000 Hz and the model's 16000 Hz: resample"),
+        (np.zeros(0, np.float32), 16000, "empty"),
+        ([], 16000, "empty"),
+        (np.array([0.0, np.nan], np.float32), 16000, "NaN"),
+        (np.array([0.0, np.inf], np.float32), 16000, "infinite"),
+        (np.zeros((2, 100), np.float32), 16000, r"shape \(2, 100\).*average the channels"),
+        ([noise(10), np.zeros((100, 2), np.float32)], 16000, r"Waveform 1 has shape \(100, 2\)"),
+        (np.zeros(100, np.int16), 16000, "int16.*float"),
+    ],
+)
+def test_wrong_input_is_named(waveform, rate, message):
+    with pytest.raises(ValueError, match=message):
+        QLungFeatureExtractor()(waveform, sampling_rate=rate)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": "mirror"},
+        {"duration": 0.01},
+        {"fade_out": 9.0},
+        {"fade_in": -1.0},
+        {"std": 0.0},
+        {"num_frames": 0},
+        {"quality_normalization": "softmax"},
+    ],
+)
+def test_wrong_options_are_named(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        QLungFeatureExtractor(**options)
+
+
+def test_the_preparation_is_saved_with_the_checkpoint(tmp_path):
+    statistics = {"entropy": [0.2, 0.7], "rms": [0.01, 0.2]}
+    extractor = QLungFeatureExtractor(
+        duration=2.0, mean=-3.0, std=2.0, quality_normalization="percentile", quality_statistics=statistics
+    )
+    extractor.save_pretrained(tmp_path)
+    loaded = AutoFeatureExtractor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert loaded.to_dict() == extractor.to_dict()
+    one, other = (e(noise(9000), sampling_rate=16000, return_quality=True) for e in (extractor, loaded))
+    assert np.array_equal(one.input_values[0], other.input_values[0])
+    assert one.quality == other.quality
+
+
+def test_quality_is_measured_on_the_waveform_as_recorded(tmp_path):
+    waveform = noise(5000)
+    short, long = QLungFeatureExtractor(duration=1.0), QLungFeatureExtractor(duration=8.0, fade_in=0.1)
+    expected = short.quality(waveform)
+    for extractor in (short, long):
+        quality = extractor([waveform, waveform], sampling_rate=16000, return_quality=True, return_tensors="pt").quality
+        assert quality.tolist() == pytest.approx([expected, expected])
+
+
+def test_reading_averages_channels_and_resamples(tmp_path):
+    time = np.arange(44100) / 44100
+    tone = 0.5 * np.sin(2 * np.pi * 400 * time)
+    soundfile.write(tmp_path / "tone.wav", np.stack([tone, np.zeros_like(tone)], axis=1), 44100, subtype="PCM_24")
+    waveform = read_audio(tmp_path / "tone.wav")
+    assert waveform.shape == (16000,)
+    expected = 0.25 * np.sin(2 * np.pi * 400 * np.arange(16000) / 16000)
+    np.testing.assert_allclose(waveform[200:-200], expected[200:-200], atol=1e-3)
+    assert np.array_equal(read_audio((tmp_path / "tone.wav").read_bytes()), waveform)
+
+
+def test_reading_names_what_is_wrong(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.wav"):
+        read_audio(tmp_path / "nothing.wav")
+    (tmp_path / "text.wav").write_text("not a sound")
+    with pytest.raises(ValueError, match=r"text\.wav cannot be read as audio"):
+        read_audio(tmp_path / "text.wav")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
+    with pytest.raises(ValueError, match="no sample"):
+        read_audio(tmp_path / "empty.wav")

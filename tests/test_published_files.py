@@ -1,0 +1,137 @@
+"""A saved folder in the hands of somebody who does not have this package."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_qlung import QLungConfig, QLungFeatureExtractor, QLungForAudioClassification, QLungModel
+
+PACKAGE = Path(__file__).parents[1] / "modeling_qlung"
+PUBLISHED = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
+
+ENCODER = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_length": 98,
+}
+
+OPEN_IN_A_CLEAN_PROCESS = """
+import importlib.util, json, sys
+import numpy as np
+from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification, pipeline
+
+assert importlib.util.find_spec("modeling_qlung") is None, "the package must not be importable here"
+folder = sys.argv[1]
+waveform = np.load(f"{folder}/waveform.npy")
+options = {"trust_remote_code": True}
+config = AutoConfig.from_pretrained(folder, **options)
+extractor = AutoFeatureExtractor.from_pretrained(folder, **options)
+inputs = extractor(waveform, sampling_rate=16000, return_tensors="pt")
+model = AutoModelForAudioClassification.from_pretrained(folder, **options).eval()
+base = AutoModel.from_pretrained(folder, **options).eval()
+classify = pipeline("audio-classification", model=folder, **options)
+answer = {entry["label"]: entry["score"] for entry in classify(waveform)}
+result = {
+    "config": [type(config).__name__, config.class_priors],
+    "classes": [type(base).__name__, type(model).__name__, type(extractor).__name__],
+    "logits": model(**inputs).logits.tolist(),
+    "embedding": base(**inputs).pooler_output.tolist(),
+    "pipeline": answer,
+}
+if len(sys.argv) > 2:
+    model.save_pretrained(sys.argv[2])
+    extractor.save_pretrained(sys.argv[2])
+print(json.dumps(result))
+"""
+
+
+def open_elsewhere(folder: Path, workdir: Path, *more: str) -> dict:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(workdir / "modules"), "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-P", "-c", OPEN_IN_A_CLEAN_PROCESS, str(folder), *more]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=workdir, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.set_num_threads(2)
+    model = QLungForAudioClassification(QLungConfig(audio_config=ENCODER, class_priors=[0.4, 0.3, 0.2, 0.1])).eval()
+    extractor = QLungFeatureExtractor(duration=1.0)
+    model.save_pretrained(folder)
+    extractor.save_pretrained(folder)
+    waveform = (0.1 * np.random.default_rng(0).standard_normal(12345)).astype(np.float32)
+    np.save(folder / "waveform.npy", waveform)
+    return folder, model, extractor(waveform, sampling_rate=16000, return_tensors="pt")
+
+
+@pytest.fixture(scope="module")
+def package_is_not_installed():
+    """An editable install would be found from anywhere: then the clean process is not clean."""
+    code = "import importlib.util as u; print(u.find_spec('modeling_qlung') is None)"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, cwd="/")
+    if done.stdout.strip() != "True":
+        pytest.skip("the package is installed in this environment; clean processes are tested where it is not")
+
+
+def test_opens_every_way_with_equal_bits(checkpoint, tmp_path, package_is_not_installed):
+    folder, model, inputs = checkpoint
+    again = tmp_path / "again"
+    for source, target in ((folder, again), (again, tmp_path / "third")):
+        (tmp_path / source.name).mkdir(exist_ok=True)
+        if source is again:
+            np.save(again / "waveform.npy", np.load(folder / "waveform.npy"))
+        result = open_elsewhere(source, tmp_path, str(target))
+        assert result["config"] == ["QLungConfig", [0.4, 0.3, 0.2, 0.1]]
+        assert result["classes"] == ["QLungModel", "QLungForAudioClassification", "QLungFeatureExtractor"]
+        output = model(**inputs)
+        assert result["logits"] == output.logits.tolist()
+        assert result["embedding"] == output.pooler_output.tolist()
+        expected = dict(
+            zip(("normal", "crackle", "wheeze", "both"), output.logits[0].softmax(-1).tolist(), strict=True)
+        )
+        assert result["pipeline"] == expected
+
+
+def test_the_folder_names_every_auto_class_and_carries_safetensors_only(checkpoint):
+    folder, _, _ = checkpoint
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_qlung.QLungConfig",
+        "AutoModel": "modeling_qlung.QLungModel",
+        "AutoModelForAudioClassification": "modeling_qlung.QLungForAudioClassification",
+    }
+    names = {path.name for path in folder.iterdir()} - {"waveform.npy"}
+    code = {path.name for path in PUBLISHED}
+    assert names == code | {"config.json", "preprocessor_config.json", "model.safetensors"}
+
+
+def test_a_saved_base_model_does_not_promise_a_classifier(tmp_path):
+    QLungModel(QLungConfig(audio_config=ENCODER)).save_pretrained(tmp_path)
+    auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert auto_map.keys() == {"AutoConfig", "AutoModel"}
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
+def test_published_files_import_only_what_a_user_has(path):
+    """Everywhere in the file: Transformers counts imports inside functions as required too."""
+    allowed = {"torch", "numpy", "transformers"} | set(sys.stdlib_module_names)
+    siblings = {published.stem for published in PUBLISHED}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert {name.name.split(".")[0] for name in node.names} <= allowed
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert (node.module or "").split(".")[0] in allowed
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 1
+            assert node.module in siblings, "only `from .file import name` is followed"
