@@ -1,0 +1,1 @@
+"""What only a trainer needs: losses, sharpness-aware steps, the Trainer, augmentation, sampling, data, arguments."""

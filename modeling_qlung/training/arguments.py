@@ -1,0 +1,224 @@
+"""Every option of `train.py`, in the groups that `--help` shows; a recipe sets them, the command line overrides."""
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def _option(default: Any, text: str, **kwargs) -> Any:
+    return field(default=default, metadata={"help": text, **kwargs})
+
+
+@dataclass
+class DataArguments:
+    """What is trained and tested on, and how a cycle becomes the model's input."""
+
+    _argument_group_name = "data"
+
+    dataset: str = _option("icbhi", "icbhi, sprsound or simulated.")
+    data_dir: str | None = _option(
+        None, "Folder that holds ICBHI_final_database or BioCAS2022; downloaded if not given."
+    )
+    cache_dir: str | None = _option(None, "Folder of the built datasets; by default the Hugging Face cache.")
+    allow_missing_audio: bool = _option(False, "Train on less if recordings are missing, instead of an error.")
+    continuous_as_wheeze: bool = _option(False, "SPRSound: count rhonchi and stridor as wheeze, not as unlabelled.")
+    validation_fraction: float = _option(0.2, "Share of training patients kept for validation; 0 for none.")
+    duration: float = _option(8.0, "Length of the model's input, in seconds; shorter cycles are padded.")
+    num_frames: int | None = _option(None, "Length in frames; those beyond the duration are zero. From the duration.")
+    padding: Literal["cyclic", "zero"] = _option("cyclic", "How shorter cycles are padded.")
+    fade_in: float = _option(0.0, "Linear fade at a clip's start, in seconds.")
+    fade_out: float = _option(0.0625, "Linear fade at a padded clip's end, in seconds.")
+    normalization: Literal["audioset", "train"] = _option(
+        "audioset", "Mean and deviation of the features: AudioSet's (for its weights), or fitted on the training set."
+    )
+    quality_normalization: Literal["raw", "minmax", "percentile", "zscore"] = _option(
+        "percentile", "How entropy and energy are normalised in the quality score, fitted on the training set."
+    )
+
+
+@dataclass
+class ModelArguments:
+    """The encoder, pretrained or from scratch, and the head."""
+
+    _argument_group_name = "model"
+
+    encoder: str | None = _option(
+        None, "Pretrained AST: a Hub id or a folder. Without one, an AST from scratch of the sizes below."
+    )
+    hidden_size: int = _option(768, "From scratch: width.")
+    num_hidden_layers: int = _option(12, "From scratch: number of layers.")
+    num_attention_heads: int = _option(12, "From scratch: number of attention heads.")
+    intermediate_size: int = _option(3072, "From scratch: width of the MLPs.")
+    patch_size: int = _option(16, "From scratch: side of a patch, in mel bands and frames.")
+    patch_stride: int = _option(10, "From scratch: step between patches in both directions.")
+    hidden_dropout: float = _option(0.0, "From scratch: dropout within the layers.")
+    attention: Literal["sdpa", "eager"] = _option(
+        "sdpa", "Attention kernel of the training; eager is faster in bfloat16 on a CPU."
+    )
+    pooling: Literal["cls_dist", "mean"] = _option("cls_dist", "Class and distillation tokens, or mean of all tokens.")
+    head: Literal["angular", "linear"] = _option("angular", "Cosine or affine logits.")
+    scale: float = _option(37.0, "s_a: factor of the cosines in the angular head, and in the loss.")
+    dropout: float = _option(0.0, "Dropout on the embedding, before the head.")
+
+
+@dataclass
+class MethodArguments:
+    """Loss, sharpness-aware steps, sampling, augmentation, averaging."""
+
+    _argument_group_name = "method"
+
+    loss: str = _option("qlung", "qlung, cross_entropy, arcface, cosface, adaface, ldam or logit_adjusted.")
+    margin_weight: float | None = _option(None, "qlung: λ, weight of the margin term (0.4).")
+    margin_scale: float | None = _option(None, "qlung: s_d, scale of the margin term (15).")
+    quality_share: float | None = _option(None, "qlung: γ, share of the quality margin against the class margin (0.5).")
+    quality_margin: float | None = _option(None, "qlung: κ, margin at quality 1, in radians (0.5).")
+    target_margin: float | None = _option(None, "qlung: class margin under a uniform prior, in radians (0.2).")
+    fixed_margin: float | None = _option(None, "qlung: one constant margin instead, in radians.")
+    margin: float | None = _option(None, "arcface, cosface, adaface: the margin.")
+    label_smoothing: float | None = _option(None, "Smoothing of the plain cross-entropy's targets (0).")
+    class_weight_power: float = _option(0.0, "Weight classes by 1 / n^power in the plain cross-entropy.")
+    margin_warmup: float = _option(0.0, "Share of training over which margins grow from 0.")
+    sharpness: Literal["none", "sam", "asam", "gsam", "looksam"] = _option("none", "Sharpness-aware minimisation.")
+    rho: float = _option(0.05, "Its radius.")
+    sharpness_alpha: float = _option(0.4, "gsam, looksam: weight of the orthogonal part.")
+    sharpness_interval: int = _option(5, "looksam: steps from one ascent to the next.")
+    sampling_power: float = _option(0.0, "Draw cycles with probability 1 / n^power of their class; 0 shuffles.")
+    ema_decay: float | None = _option(None, "Average the weights with this decay, and evaluate the average.")
+    freq_masks: int = _option(2, "SpecAugment: frequency masks per cycle.")
+    freq_width: int = _option(48, "SpecAugment: largest width of a frequency mask, in mel bands.")
+    time_masks: int = _option(2, "SpecAugment: time masks per cycle.")
+    time_width: int = _option(160, "SpecAugment: largest width of a time mask, in frames.")
+    waveform_augment: bool = _option(False, "Gain U(0.9, 1.1) and white noise of 1e-4, each half of the time.")
+    select_on: Literal["validation", "test", "last"] = _option(
+        "validation",
+        "Which epoch is kept: best score_4class on validation patients, the last one, or best on the test set, which "
+        "is the published habit and overstates every score.",
+    )
+    seeds: list[int] | None = field(
+        default=None, metadata={"help": "Train once per seed and report mean ± sd. Default: --seed alone."}
+    )
+
+
+@dataclass
+class QLungTrainingArguments(TrainingArguments):
+    """Transformers' own options, with QLung's defaults."""
+
+    _argument_group_name = "training (Transformers' TrainingArguments)"
+
+    output_dir: str | None = _option(None, "Where the run is written. Default: runs/RECIPE.")
+    learning_rate: float = _option(5e-5, "Peak learning rate.")
+    num_train_epochs: float = _option(50.0, "Number of epochs.")
+    per_device_train_batch_size: int = _option(8, "Cycles per device and micro-batch.")
+    per_device_eval_batch_size: int = _option(32, "Cycles per device and batch in evaluation.")
+    weight_decay: float = _option(1e-6, "Weight decay.")
+    lr_scheduler_type: str = _option("cosine", "Shape of the learning rate over training.")
+    eval_strategy: str = _option("epoch", "When the selection set is scored; 'no' when nothing is selected.")
+    save_strategy: str = _option("epoch", "When a checkpoint is written.")
+    save_total_limit: int | None = _option(2, "Checkpoints kept.")
+    logging_strategy: str = _option("epoch", "When the training loss is logged.")
+    report_to: str = _option("none", "Where metrics are logged beside the run's own files.")
+    remove_unused_columns: bool = _option(False, "Kept off: the collator reads more columns than the model names.")
+    logging_nan_inf_filter: bool = _option(False, "Kept off: it would hide a diverged loss.")
+    ddp_find_unused_parameters: bool | None = _option(False, "Every parameter is used in every step.")
+
+    def __post_init__(self):
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # otherwise Transformers takes bf16 for a request for a GPU
+        super().__post_init__()
+
+
+ARGUMENTS = (DataArguments, ModelArguments, MethodArguments, QLungTrainingArguments)
+Arguments = tuple[DataArguments, ModelArguments, MethodArguments, QLungTrainingArguments]
+
+
+@dataclass
+class Recipe:
+    """A named set of options and what it stands for.
+
+    Args:
+        name: of the recipe's file.
+        about: what the recipe says of itself: `description`, `source`, `published` scores, `unknown`.
+        options: every option that differs from its default.
+    """
+
+    name: str
+    about: dict[str, Any]
+    options: dict[str, Any]
+
+
+def recipe_names() -> list[str]:
+    """Give the names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def read_recipe(name: str) -> Recipe:
+    """Read a recipe by its name, or a YAML file of options by its path.
+
+    Raises:
+        SystemExit: with one sentence, if there is none, or it holds an unknown option.
+    """
+    path = RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        path = Path(name)
+    if not path.is_file():
+        raise SystemExit(
+            f"There is no recipe {name!r}. Choose one of {', '.join(recipe_names())}, or give a YAML file."
+        )
+    options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    about = options.pop("about", {})
+    known = {option.name for group in ARGUMENTS for option in dataclasses.fields(group)}
+    if unknown := sorted(set(options) - known):
+        raise SystemExit(f"{path}: unknown options {', '.join(unknown)}. `train.py --help` lists them all.")
+    return Recipe(path.stem, about, options)
+
+
+def parse(argv: list[str]) -> tuple[Recipe, Arguments]:
+    """Parse `[RECIPE] [--option value ...]`; options on the command line override the recipe's.
+
+    Raises:
+        SystemExit: after `--help`, and with a message for an unknown recipe, option or value.
+    """
+    parser = HfArgumentParser(
+        ARGUMENTS,
+        usage="train.py [RECIPE] [--option value ...]",
+        description=f"Train and evaluate. RECIPE: {', '.join(recipe_names())} (default: quickstart), or a YAML file.",
+        allow_abbrev=False,
+    )
+    named = bool(argv) and not argv[0].startswith("-")
+    recipe = read_recipe(argv[0] if named else "quickstart")
+    _check_numbers(parser, recipe)
+    defaults = _values(parser.parse_args_into_dataclasses([], look_for_args_file=False))
+    parser.set_defaults(output_dir=f"runs/{recipe.name}")
+    parser.set_defaults(**recipe.options)
+    *groups, rest = parser.parse_args_into_dataclasses(
+        argv[1:] if named else argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        parser.error(f"unknown arguments {' '.join(rest)}; `train.py --help` lists them all")
+    recipe.options = {name: value for name, value in _values(groups).items() if value != defaults[name]}
+    return recipe, cast(Arguments, tuple(groups))
+
+
+def _values(groups: Iterable[Any]) -> dict[str, Any]:
+    """Every option's value, enumerations by theirs."""
+    values = {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}
+    return {name: value.value if isinstance(value, Enum) else value for name, value in values.items()}
+
+
+def _check_numbers(parser: HfArgumentParser, recipe: Recipe) -> None:
+    """YAML reads 5e-5 as text; argparse would convert it quietly, and other readers of the recipe would not."""
+    types = {action.dest: action.type for action in parser._actions}
+    for name, value in recipe.options.items():
+        if isinstance(value, str) and types[name] in (int, float):
+            raise SystemExit(
+                f"Recipe {recipe.name}: {name} is the text {value!r}. YAML needs a point in such numbers: 5.0e-5."
+            )

@@ -1,0 +1,123 @@
+"""Random changes of training examples: masks on features, gain and noise on waveforms.
+
+All draws are made on the CPU, from torch's global generator or from one that is given, so a seed means the same change
+on every device. Draw inside the training step, or give a generator: a data loader fetches batches ahead of their step,
+and after resuming would draw other changes there, and shift the global generator for dropout too.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+
+Waveform = TypeVar("Waveform", np.ndarray, torch.Tensor)
+
+
+@dataclass(frozen=True)
+class SpecAugment:
+    """Frequency and time masks (Park et al. 2019, arXiv 1904.08779), drawn for each item on its own.
+
+    A mask's width is floor(U(0, width)), as in torchaudio and in Patch-Mix (Bae et al. 2023), whose numbers and widths
+    are the defaults; its start is uniform over all places where the mask fits. (`torchaudio`'s own masks never reach
+    the last bin or frame, take no generator and no fill per item.) Patch-Mix's code also leaves out all masks with
+    probability 0.16, and takes the mean once more after the frequency masks.
+
+    Args:
+        freq_masks: Number of frequency masks per item.
+        freq_width: Upper bound of their width in mel bins, never reached; limited to the number of bins.
+        time_masks: Number of time masks per item.
+        time_width: Upper bound of their width in frames, never reached; limited to the number of frames.
+        fill: Value under the masks: "mean" is the item's own mean over all frames and bins before masking.
+    """
+
+    freq_masks: int = 2
+    freq_width: int = 48
+    time_masks: int = 2
+    time_width: int = 160
+    fill: Literal["mean"] | float = "mean"
+
+    def __post_init__(self) -> None:
+        for name in ("freq_masks", "freq_width", "time_masks", "time_width"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if isinstance(self.fill, str) and self.fill != "mean":
+            raise ValueError(f'fill must be "mean" or a number, got {self.fill!r}.')
+
+    def __call__(self, features: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Masks a batch of features.
+
+        Args:
+            features: (batch, frames, mel). Not changed.
+            generator: A CPU generator; torch's global one by default.
+
+        Returns:
+            (batch, frames, mel), a new tensor.
+
+        Raises:
+            ValueError: If `features` is not three-dimensional.
+        """
+        if features.ndim != 3:
+            raise ValueError(f"features must be (batch, frames, mel), got shape {tuple(features.shape)}.")
+        batch, frames, mel = features.shape
+        bins = _draw_masks(batch, mel, self.freq_masks, self.freq_width, generator)
+        times = _draw_masks(batch, frames, self.time_masks, self.time_width, generator)
+        masked = (times[:, :, None] | bins[:, None, :]).to(features.device)
+        fill = features.mean(dim=(1, 2), keepdim=True) if self.fill == "mean" else features.new_tensor(self.fill)
+        return torch.where(masked, fill, features)
+
+
+def _draw_masks(batch: int, size: int, masks: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
+    """Union of each item's masks along one axis, (batch, size), bool."""
+    positions = torch.arange(size)
+    union = torch.zeros(batch, size, dtype=torch.bool)
+    for _ in range(masks):
+        widths = (torch.rand(batch, 1, generator=generator) * min(width, size)).long()
+        starts = (torch.rand(batch, 1, generator=generator) * (size - widths + 1)).long()
+        union |= (positions >= starts) & (positions < starts + widths)
+    return union
+
+
+@dataclass(frozen=True)
+class WaveformAugment:
+    """Random gain and white noise (SAM-AST: Isik et al. 2025, arXiv 2512.22564).
+
+    Args:
+        gain: Range of the uniformly drawn factor.
+        gain_probability: How often a gain is applied.
+        noise_std: Standard deviation of the noise, full scale being 1.
+        noise_probability: How often noise is added, after the gain.
+    """
+
+    gain: tuple[float, float] = (0.9, 1.1)
+    gain_probability: float = 0.5
+    noise_std: float = 1e-4
+    noise_probability: float = 0.5
+
+    def __call__(self, waveform: Waveform, generator: torch.Generator | None = None) -> Waveform:
+        """Augments one waveform.
+
+        Args:
+            waveform: (samples,), floating point. Not changed.
+            generator: A CPU generator; torch's global one by default.
+
+        Returns:
+            (samples,), of the kind and dtype given.
+
+        Raises:
+            ValueError: If `waveform` is not one-dimensional or holds integers.
+        """
+        signal = torch.tensor(waveform) if isinstance(waveform, np.ndarray) else waveform.clone()
+        if signal.ndim != 1 or not signal.is_floating_point():
+            raise ValueError(
+                f"waveform must be one-dimensional and floating point, got {signal.dtype} of shape "
+                f"{tuple(signal.shape)}. Take one channel, and divide integers by full scale."
+            )
+        apply_gain, apply_noise, position = torch.rand(3, generator=generator).tolist()
+        if apply_gain < self.gain_probability:
+            low, high = self.gain
+            signal *= low + (high - low) * position
+        if apply_noise < self.noise_probability:
+            noise = torch.randn(len(signal), generator=generator, dtype=signal.dtype)
+            signal += self.noise_std * noise.to(signal.device)
+        return signal.numpy() if isinstance(waveform, np.ndarray) else signal

@@ -1,0 +1,213 @@
+"""A Transformers Trainer with QLung's losses, sharpness-aware steps, class-balanced sampling and weight averaging."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from ..evaluation import icbhi_scores
+from ..feature_extraction_qlung import QLungFeatureExtractor
+from ..modeling_qlung import QLungForAudioClassification
+from .augmentation import SpecAugment, WaveformAugment
+from .data import UNLABELLED, CycleCollator
+from .ema import WeightEMA
+from .losses import ClassificationLoss, MarginSchedule
+from .sampling import SamplerEpochCallback, WeightedEpochSampler
+from .sharpness import SharpnessAwareStep
+
+logger = logging.get_logger(__name__)
+
+STATE_NAME = "qlung_state.pt"
+SCORES = ("specificity", "sensitivity_4class", "score_4class", "sensitivity_2class", "score_2class")
+
+
+def compute_scores(prediction: EvalPrediction) -> dict[str, float]:
+    """Give ICBHI's scores of logits (n, 4) and labels (n,) in percent, of the labelled; an undefined one is NaN."""
+    labelled = prediction.label_ids != UNLABELLED
+    scores = icbhi_scores(prediction.label_ids[labelled], np.argmax(prediction.predictions[labelled], axis=-1))
+    return {name: float("nan") if scores[name] is None else scores[name] for name in SCORES}
+
+
+class QLungTrainer(Trainer):
+    """
+    Trains a [`QLungForAudioClassification`] on rows of `decode_cycles`.
+
+    Args:
+        loss: what is minimised; evaluation reports plain cross-entropy, comparable between losses.
+        feature_extractor: makes the model's input from clips within the step, on the step's device.
+        sampler: gives each epoch's rows.
+        sharpness: takes sharpness-aware steps; plain ones if None.
+        spec_augment: masks training features.
+        waveform_augment: changes training clips.
+        margin_schedule: factor of the loss's margins over training.
+        ema_decay: averages weights; the average is evaluated, and is the model after `train`.
+
+    Raises:
+        ValueError: for sharpness-aware steps under FSDP or DeepSpeed, whose shards they would not see whole.
+    """
+
+    model: QLungForAudioClassification
+
+    def __init__(
+        self,
+        model: QLungForAudioClassification,
+        args: TrainingArguments,
+        *,
+        loss: ClassificationLoss,
+        feature_extractor: QLungFeatureExtractor,
+        sampler: WeightedEpochSampler | None = None,
+        sharpness: SharpnessAwareStep | None = None,
+        spec_augment: SpecAugment | None = None,
+        waveform_augment: WaveformAugment | None = None,
+        margin_schedule: MarginSchedule | None = None,
+        ema_decay: float | None = None,
+        **kwargs,
+    ):
+        super().__init__(
+            model,
+            args,
+            processing_class=feature_extractor,
+            data_collator=CycleCollator(feature_extractor),
+            compute_metrics=compute_scores,
+            **kwargs,
+        )
+        if sharpness is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError(
+                f"Sharpness-aware training ({sharpness.method}) needs every parameter whole on each device, and "
+                f"{'FSDP' if self.is_fsdp_enabled else 'DeepSpeed'} shards them: use DDP, or set --sharpness none."
+            )
+        self.loss = loss.to(self.args.device)
+        self.feature_extractor = feature_extractor
+        self.sampler = sampler
+        self.sharpness = sharpness
+        self.spec_augment = spec_augment
+        self.waveform_augment = waveform_augment
+        self.margin_schedule = margin_schedule or MarginSchedule()
+        self.ema = None if ema_decay is None else WeightEMA(self.model, ema_decay)
+        self.add_callback(_StepCallback(self))
+        if sampler is not None:
+            self.add_callback(SamplerEpochCallback(sampler))
+
+    # ---- One step ----
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
+        """Take one micro-batch forward and backward, sharpness-aware if asked for."""
+        model.train()
+        self.loss.train()
+        self.loss.margin_factor = self.margin_schedule(self.state.global_step / self.state.max_steps)
+        inputs = self._prepare_inputs(inputs)
+        if self.sharpness is None:
+            return self.descend(model, inputs, num_items_in_batch)
+        return self.sharpness(self, model, inputs, num_items_in_batch)
+
+    def descend(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
+        """Take the Trainer's own step at the weights as they are."""
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move to the device, and turn clips into features; augmented in training. Prepared inputs stay as they are."""
+        inputs = super()._prepare_inputs(inputs)
+        if "clips" not in inputs:
+            return inputs
+        clips = inputs.pop("clips")
+        training = self.model.training
+        if training and self.waveform_augment is not None:
+            clips = torch.stack([self.waveform_augment(clip) for clip in clips])
+        features = self.feature_extractor.extract_features(clips)
+        if training and self.spec_augment is not None:
+            features = self.spec_augment(features)
+        return {"input_values": features, **inputs}
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """Give the training loss of a batch; in evaluation plain cross-entropy of the model's own logits."""
+        labels = inputs["labels"]
+        outputs = model(input_values=inputs["input_values"])
+        if model.training:
+            loss = self.loss(
+                outputs.cosines,
+                labels,
+                inputs["quality"],
+                logits=outputs.logits if self.model.config.head == "linear" else None,
+                norms=outputs.pooler_output.norm(dim=-1),
+            )
+        else:
+            loss = nn.functional.cross_entropy(outputs.logits, labels)
+        return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Give 0: Transformers' estimate counts text tokens."""
+        return 0
+
+    def _get_train_sampler(self, train_dataset=None):
+        return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)
+
+    # ---- Averaged weights, and what a resumed run needs beside the Trainer's own state ----
+
+    def evaluation_loop(self, *args, **kwargs):
+        """Evaluate, with averaged weights while training, and without drawing from training's random numbers."""
+        averaged = self.ema is not None and self.is_in_train
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices), self.ema.swap(self.model) if averaged else contextlib.nullcontext():
+            return super().evaluation_loop(*args, **kwargs)
+
+    def train(self, *args, **kwargs):
+        """Train, and leave the averaged weights in the model if there are any."""
+        output = super().train(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.apply(self.model)
+        return output
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Before trainer_state.json is written, whose presence tells that a checkpoint is whole.
+        super()._save_rng_state(output_dir)
+        if self.args.should_save:
+            parts = {"loss": self.loss, "sharpness": self.sharpness, "ema": self.ema}
+            state = {name: part.state_dict() for name, part in parts.items() if part is not None}
+            torch.save(state, Path(output_dir) / STATE_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        state = self._load_state(resume_from_checkpoint)
+        self.loss.load_state_dict(state["loss"])
+        if self.sharpness is not None:
+            self.sharpness.load_state_dict(state["sharpness"])
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_state(str(self.state.best_model_checkpoint))
+
+    def _load_state(self, checkpoint: str) -> dict[str, Any]:
+        state = torch.load(Path(checkpoint) / STATE_NAME, map_location=self.model.device, weights_only=True)
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        return state
+
+
+class _StepCallback(TrainerCallback):
+    def __init__(self, trainer: QLungTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.ema is not None:
+            self.trainer.ema.update(self.trainer.model)
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> str | None:
+    """Give the newest checkpoint folder that was written to its end, removing newer ones that a kill cut short."""
+    while Path(output_dir).is_dir() and (checkpoint := get_last_checkpoint(str(output_dir))) is not None:
+        try:
+            json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            logger.warning(f"{checkpoint} was cut short while it was written; it is removed.")
+            shutil.rmtree(checkpoint)
+            continue
+        return checkpoint
+    return None

@@ -1,0 +1,79 @@
+"""Run by torchrun on two processes; every check is made on each of them."""
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+
+from modeling_qlung.training.sharpness import SharpnessAwareStep
+from tests.training.small_training import batches, cycles, gradient_at, make_trainer, mean, train_by_hand
+from tests.training.test_sharpness import ALPHA, LOSS, RHO, rule
+from tests.training.test_trainer import StopAt, last_whole_checkpoint
+
+DDP = {"use_cpu": True, "ddp_backend": "gloo"}
+
+
+def check_training(folder: Path, method: str) -> None:
+    """Two processes with batches of 4 follow the documented rule: each climbs its own ε, gradients are averaged."""
+    sharpness = None if method == "plain" else SharpnessAwareStep(method, RHO, ALPHA, interval=2)
+    trainer = make_trainer(folder, sharpness=sharpness, num_train_epochs=2, **DDP)
+    by_hand = copy.deepcopy(trainer.model)
+    steps = [made[start : start + 2] for made in (batches(trainer, 0), batches(trainer, 1)) for start in range(0, 8, 2)]
+    trainer.train()
+    if method == "plain":
+        hand_rule = lambda model, micro, _: mean([gradient_at(model, batch, LOSS) for batch in micro])  # noqa: E731
+    else:
+        hand_rule = rule(method, {})
+    train_by_hand(by_hand, steps, hand_rule)
+    for ours, theirs in zip(trainer.model.parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=1e-3)
+    check_agreement(trainer)
+
+
+def check_agreement(trainer) -> None:
+    """Every process holds the same bits."""
+    ours = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    gathered = [torch.empty_like(ours) for _ in range(2)]
+    torch.distributed.all_gather(gathered, ours)
+    assert torch.equal(gathered[0], gathered[1])
+
+
+def check_evaluation(folder: Path) -> None:
+    """13 rows over two processes with batches of 4: each once, in order."""
+    rows = cycles(13, seed=4)
+    trainer = make_trainer(folder, per_device_eval_batch_size=4, **DDP)
+    together = trainer.predict(rows)
+    assert together.predictions.shape == (13, 4)
+    assert together.label_ids.tolist() == rows["label"][:]
+    batch = trainer.data_collator([rows[index] for index in range(13)])
+    with torch.no_grad():
+        trainer.model.eval()
+        expected = trainer.model(trainer.feature_extractor.extract_features(batch["clips"])).logits
+    torch.testing.assert_close(torch.from_numpy(together.predictions), expected, atol=1e-4, rtol=0)
+
+
+def check_resuming(folder: Path) -> None:
+    """Stopped within the second epoch and resumed: the same bits as never stopped."""
+    options = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 6, "sampling_power": 1.0, **DDP}
+    whole = make_trainer(folder / "whole", sharpness=SharpnessAwareStep("looksam", RHO, ALPHA, 4), **options)
+    whole.train()
+    stopped = make_trainer(
+        folder / "parts", sharpness=SharpnessAwareStep("looksam", RHO, ALPHA, 4), callbacks=[StopAt(6)], **options
+    )
+    stopped.train()
+    resumed = make_trainer(folder / "parts", sharpness=SharpnessAwareStep("looksam", RHO, ALPHA, 4), **options)
+    resumed.train(resume_from_checkpoint=last_whole_checkpoint(folder / "parts"))
+    assert resumed.state.global_step == whole.state.global_step == 12
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    root = Path(sys.argv[1])
+    for name in ("plain", "sam", "asam", "gsam", "looksam"):
+        check_training(root / name, name)
+    check_evaluation(root / "evaluation")
+    check_resuming(root)
+    print("every check passed")
