@@ -6,6 +6,7 @@ checkpoint in its published form, its scores and predictions, figures, a model c
 
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from datasets import Dataset
 from transformers import ASTConfig, set_seed
@@ -48,6 +50,8 @@ from modeling_qlung.training.sharpness import SharpnessAwareStep
 from modeling_qlung.training.trainer import QLungTrainer, last_whole_checkpoint
 
 logger = logging.getLogger("train")
+
+PRIVATE = ("data_dir", "cache_dir", "output_dir")  # folders of this machine, which no published file names
 
 
 @dataclass
@@ -197,7 +201,9 @@ def predict(trainer: QLungTrainer, split: str, cycles: Dataset) -> list[dict[str
 def run(recipe: Recipe, arguments: Arguments, argv: list[str], seed: int, run_dir: Path) -> dict[str, Any]:
     """Train and evaluate one seed, or read the scores of a run that has ended; gives its metrics."""
     data_args, _, method, training = arguments
-    options = {**{k: v for k, v in recipe.options.items() if k not in ("seeds", "output_dir")}, "seed": seed}
+    options = {name: value for name, value in recipe.options.items() if name not in ("seeds", *PRIVATE)} | {
+        "seed": seed
+    }
     check_same_run(run_dir, options)
     if (run_dir / "metrics.json").is_file():
         logger.warning("%s has ended already; its scores are read, nothing is trained.", run_dir)
@@ -225,6 +231,7 @@ def run(recipe: Recipe, arguments: Arguments, argv: list[str], seed: int, run_di
         write_recipe(run_dir / "recipe.yaml", recipe, options)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or last_whole_checkpoint(training.output_dir))
     trainer.save_model(str(run_dir))
+    (run_dir / "training_args.bin").unlink(missing_ok=True)  # a pickle that names this machine's folders
 
     splits = {**({"validation": data.validation} if data.validation is not None else {}), **data.tests}
     rows = [row for name, cycles in splits.items() for row in predict(trainer, name, cycles)]
@@ -285,14 +292,15 @@ def describe(
     return RunDescription(
         model_name=f"QLung {recipe.name}",
         recipe=recipe.name,
-        source=recipe.about.get("source", "none: options of our own"),
+        description=recipe.about.get("description", "options of its own."),
+        source=recipe.about.get("source"),
         published=recipe.about.get("published", {}),
         options=options,
         dataset=data_args.dataset,
         counts={name: count_classes(part) for name, part in parts.items()},
         metrics=metrics,
         selection=method.select_on,
-        command=" ".join(["accelerate", "launch", "train.py", *argv]),
+        command=public_command(argv),
         versions={name: version(name) for name in ("torch", "transformers", "datasets", "accelerate")},
         seed=seed,
         num_parameters=trainer.model.num_parameters(),
@@ -316,14 +324,35 @@ def describe(
     )
 
 
+def public_command(argv: list[str]) -> str:
+    """Give the command that was run, without the folders of this machine."""
+    words: list[str] = []
+    for word in argv:
+        name = word.removeprefix("--").split("=")[0].replace("-", "_")
+        if word.startswith("--") and name in PRIVATE:
+            words.append(f"--{name} ..." if "=" in word else word)
+        else:
+            hidden = bool(words) and words[-1].removeprefix("--").replace("-", "_") in PRIVATE
+            words.append("..." if hidden else word)
+    return " ".join(["accelerate", "launch", "train.py", *words])
+
+
 def count_classes(cycles: Dataset) -> dict[str, int]:
     """Count the cycles of each class."""
     labels = [label for label in cycles["label"][:] if label is not None]
     return dict(zip(CLASS_NAMES, np.bincount(labels, minlength=len(CLASS_NAMES)).tolist(), strict=True))
 
 
+def use_all_cores() -> None:
+    """Share the cores between the processes: on a CPU, `accelerate launch` and torchrun give each a single thread."""
+    launched = os.environ.keys() & {"ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"}
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1" and not torch.accelerator.is_available():
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 def main(argv: list[str]) -> None:
     """Run a recipe, once per seed, and print its scores."""
+    use_all_cores()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     recipe, arguments = parse(argv)
     training: QLungTrainingArguments = arguments[3]

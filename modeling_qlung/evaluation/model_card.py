@@ -18,8 +18,9 @@ class RunDescription:
     Args:
         model_name: title of the card and name in the model index.
         recipe: name of the recipe.
-        source: paper and table row that the recipe follows, or what it is for.
-        options: every option of the run, as given to `train.py`.
+        description: what the recipe is, in a sentence.
+        source: paper and table row that the recipe follows, None where nothing published corresponds to it.
+        options: options of the run that differ from the defaults of `train.py`.
         dataset: "icbhi", "sprsound" or "simulated".
         counts: {split: {class: cycles}} of the data used, training and validation parts included.
         metrics: {split: scores} as `report.score_predictions` returns them.
@@ -40,7 +41,8 @@ class RunDescription:
 
     model_name: str
     recipe: str
-    source: str
+    description: str
+    source: str | None
     options: Mapping[str, Any]
     dataset: str
     counts: Mapping[str, Mapping[str, int]]
@@ -171,7 +173,7 @@ def _summary(run: RunDescription) -> str:
     data = _DATASETS[run.dataset]
     return (
         "A classifier of single respiratory cycles: normal, crackle, wheeze, or both. "
-        f"Trained on {data.title} ({data.population}) with the recipe `{run.recipe}`, after {run.source}.\n\n"
+        f"Trained on {data.title} ({data.population}) with the recipe `{run.recipe}`: {run.description}\n\n"
         "**For research. Not a medical device.**"
     )
 
@@ -264,11 +266,12 @@ def _training_data(run: RunDescription) -> str:
 
 def _recipe(run: RunDescription) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
+    follows = f"It follows {run.source}." if run.source else "Nothing published corresponds to it."
     start = f"fine-tuned from `{run.base_model}`" if run.base_model else "trained from scratch"
     return (
-        f"`{run.recipe}`, after {run.source}; seed {run.seed}, {run.num_parameters:,} parameters, {start}. To run it "
-        f"again:\n\n```bash\n{run.command}\n```\n\n"
-        f"Model:\n\n{_yaml_block(run.architecture)}\n\nEvery option:\n\n{_yaml_block(run.options)}\n\n"
+        f"`{run.recipe}`: {run.description} {follows} Seed {run.seed}, {run.num_parameters:,} parameters, {start}. "
+        f"To run it again:\n\n```bash\n{run.command}\n```\n\nModel:\n\n{_yaml_block(run.architecture)}\n\n"
+        f"Options that differ from the defaults:\n\n{_yaml_block(run.options)}\n\n"
         f"Versions: {versions}."
     )
 

@@ -29,6 +29,7 @@ def run():
     return RunDescription(
         model_name="qlung-ast-icbhi",
         recipe="qlung-ast",
+        description="The angular classifier with quality-adaptive margins.",
         source="QLung (Interspeech 2026), ablation, last row",
         options={"learning_rate": 5.0e-05, "output_dir": Path("runs/a"), "classes": (0, 1)},
         dataset="icbhi",

@@ -71,7 +71,9 @@ def test_help_groups_every_option_with_its_meaning_and_default(capsys):
 def test_every_recipe_parses_and_says_what_it_stands_for(name):
     parse([name])
     about = read_recipe(name).about
-    assert {"description", "source"} <= about.keys()
+    assert about["description"].endswith(".")
+    assert about.keys() <= {"description", "source", "published", "unknown"}
+    assert ("published" in about) == ("source" in about)
     for score, value in about.get("published", {}).items():
         assert score in ("specificity", "sensitivity_4class", "score_4class", "sensitivity_2class", "score_2class")
         assert 0 < float(str(value).split("±")[0]) < 100

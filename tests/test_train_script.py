@@ -1,0 +1,213 @@
+"""`train.py` as a researcher runs it: in a process of its own, killed, resumed, on real recordings."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from modeling_qlung.evaluation import icbhi_scores
+from tests.test_published_files import open_elsewhere
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    "--hidden_size=16", "--num_hidden_layers=1", "--num_attention_heads=2", "--intermediate_size=32",
+    "--disable_tqdm=true", "--duration=1.0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory):
+    """Datasets are built and decoded once for all runs."""
+    return tmp_path_factory.mktemp("datasets")
+
+
+def start(cache: Path, *options: str) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "train.py"), *options, f"--cache_dir={cache}"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def train(cache: Path, *options: str) -> str:
+    process = start(cache, *options)
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-4000:]
+    return output
+
+
+@pytest.fixture(scope="session")
+def two_seeds(shared_cache, tmp_path_factory):
+    """Two seeds of a small sharpness-aware QLung on simulated sounds."""
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    options = ["quickstart", *TINY, "--num_train_epochs=2", "--sharpness=sam", "--ema_decay=0.9", "--seeds", "1", "2"]
+    output = train(shared_cache, *options, f"--output_dir={folder}")
+    return folder, options, output
+
+
+@pytest.mark.slow
+def test_a_run_leaves_everything_that_its_readers_need(two_seeds):
+    folder, _, output = two_seeds
+    run = folder / "seed_1"
+    names = {path.name for path in run.iterdir()}
+    code = {"modeling_qlung.py", "configuration_qlung.py", "feature_extraction_qlung.py", "quality_qlung.py"}
+    figures = {"confusion_matrix_test.png", "confusion_matrix_validation.png", "training_curves.png"}
+    files = {"config.json", "preprocessor_config.json", "model.safetensors", "metrics.json", "predictions.parquet"}
+    assert code | figures | files | {"README.md", "recipe.yaml"} <= names
+
+    predictions = pd.read_parquet(run / "predictions.parquet")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert list(metrics) == ["validation", "test"]
+    test = predictions[predictions["split"] == "test"]
+    assert len(test) == 120
+    assert test["row_id"].is_unique
+    assert test["quality"].between(0, 1).all()
+    assert test["quality"].std() > 0.05, "percentiles of the training set give the quality spread"
+    logits = test["logits"].tolist()
+    predicted = [max(range(4), key=row.__getitem__) for row in logits]
+    expected = icbhi_scores(test["label"].to_numpy(int), predicted)
+    for name in ("specificity", "sensitivity_4class", "score_4class", "sensitivity_2class", "score_2class", "recall"):
+        assert metrics["test"][name] == expected[name]
+    low, high = metrics["test"]["ci95"]["score_4class"]
+    assert low <= metrics["test"]["score_4class"] <= high
+    patients = {split: set(rows["patient_id"]) for split, rows in predictions.groupby("split")}
+    assert not patients["test"] & patients["validation"]
+
+    summary = json.loads((folder / "summary.json").read_text())["test"]["score_4class"]
+    values = [json.loads((folder / f"seed_{s}" / "metrics.json").read_text())["test"]["score_4class"] for s in (1, 2)]
+    assert summary["values"] == values
+    assert f"{summary['mean']:.2f}" in output
+
+
+@pytest.mark.slow
+def test_the_card_tells_what_was_done(two_seeds):
+    folder, options, _ = two_seeds
+    card = ModelCard.load(folder / "seed_2" / "README.md")
+    assert card.data.eval_results
+    for part in (
+        "quickstart",
+        "sharpness: sam",
+        "Seed 2",
+        "validation patients",
+        "Not a medical device",
+        *options[-3:],
+        "--output_dir ...",
+    ):
+        assert part in card.text, part
+    for file in [path for path in (folder / "seed_2").iterdir() if path.is_file()]:
+        assert str(folder.parent).encode() not in file.read_bytes(), f"{file.name} names a folder of this machine"
+
+
+@pytest.mark.slow
+def test_the_checkpoint_opens_where_the_package_is_not(two_seeds, tmp_path):
+    import numpy as np
+
+    folder, _, _ = two_seeds
+    run = folder / "seed_1"
+    np.save(run / "waveform.npy", np.random.default_rng(0).standard_normal(9000).astype("float32") * 0.1)
+    result = open_elsewhere(run, tmp_path)
+    (run / "waveform.npy").unlink()
+    assert result["classes"] == ["QLungModel", "QLungForAudioClassification", "QLungFeatureExtractor"]
+    assert sum(result["pipeline"].values()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_an_ended_run_is_read_and_another_one_refused(two_seeds, shared_cache):
+    folder, options, output = two_seeds
+    before = (folder / "seed_1" / "model.safetensors").stat().st_mtime_ns
+    again = train(shared_cache, *options, f"--output_dir={folder}")
+    assert again.splitlines()[-2:] == output.splitlines()[-2:]
+    assert (folder / "seed_1" / "model.safetensors").stat().st_mtime_ns == before
+    process = start(shared_cache, *options, "--rho=0.2", f"--output_dir={folder}")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "holds a run with other options (rho None → 0.2): choose another --output_dir" in errors
+
+
+@pytest.mark.slow
+def test_its_own_recipe_makes_the_same_run_again(two_seeds, shared_cache, tmp_path):
+    folder, _, _ = two_seeds
+    recipe = folder / "seed_2" / "recipe.yaml"
+    assert yaml.safe_load(recipe.read_text())["seed"] == 2
+    train(shared_cache, str(recipe), f"--output_dir={tmp_path / 'again'}")
+    one, other = (load_file(path / "model.safetensors") for path in (folder / "seed_2", tmp_path / "again"))
+    assert one.keys() == other.keys()
+    assert all((one[name] == other[name]).all() for name in one)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_ends_in_the_same_weights(shared_cache, tmp_path):
+    options = [
+        "quickstart", *TINY, "--num_train_epochs=6", "--save_strategy=steps", "--eval_strategy=steps",
+        "--save_steps=7", "--eval_steps=7", "--sharpness=looksam", "--ema_decay=0.9", "--sampling_power=1",
+        "--dropout=0.2",
+    ]  # fmt: skip
+    train(shared_cache, *options, f"--output_dir={tmp_path / 'whole'}")
+    process = start(shared_cache, *options, f"--output_dir={tmp_path / 'killed'}")
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not (checkpoints / "checkpoint-14").is_dir():
+        assert process.poll() is None, process.communicate()[1][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    train(shared_cache, *options, f"--output_dir={tmp_path / 'killed'}")
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "killed"))
+    different = [name for name in whole if not (whole[name] == resumed[name]).all()]
+    assert whole.keys() == resumed.keys()
+    assert not different, f"{len(different)} of {len(whole)} parameters differ"
+    for name in ("metrics.json", "predictions.parquet"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["ast-ce", "qlung-ast", "sam-ast", "qlung-sam-ast"])
+def test_the_papers_recipes_take_real_steps(recipe, real_icbhi, shared_cache, tmp_path):
+    """On real ICBHI cycles, with AudioSet-shaped weights of a narrow encoder."""
+    from transformers import ASTConfig, ASTForAudioClassification
+
+    encoder = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ASTForAudioClassification(ASTConfig(**encoder, num_labels=527)).save_pretrained(tmp_path / "ast")
+    output = train(
+        shared_cache, recipe, f"--data_dir={real_icbhi}", "--allow_missing_audio=true", f"--encoder={tmp_path / 'ast'}",
+        "--max_steps=4", "--save_strategy=steps", "--save_steps=2", "--eval_strategy=steps", "--eval_steps=2",
+        "--disable_tqdm=true", f"--output_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert "| test | 1 |" in output
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "864 of 920 recordings lack their audio" in card
+    assert len(pd.read_parquet(tmp_path / "run" / "predictions.parquet").query("split == 'test'")) == 91
+
+
+@pytest.mark.slow
+def test_unlabelled_events_are_predicted_counted_and_never_scored(real_sprsound, shared_cache, tmp_path):
+    train(
+        shared_cache, "sprsound-small", f"--data_dir={real_sprsound}", *TINY, "--max_steps=2", "--save_strategy=no",
+        f"--output_dir={tmp_path / 'run'}",
+    )  # fmt: skip
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert list(metrics) == ["test_intra"]
+    assert metrics["test_intra"]["unlabelled"] == 16
+    assert sum(metrics["test_intra"]["support"].values()) == 1004 - 16
+    assert len(pd.read_parquet(tmp_path / "run" / "predictions.parquet")) == 1004
+
+
+def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
+    for options, message in (
+        (["no-such-recipe"], "There is no recipe 'no-such-recipe'. Choose one of"),
+        (["quickstart", "--validation_fraction=0"], "--select_on validation needs validation patients"),
+        (["sprsound-small", f"--data_dir={tmp_path}"], "BioCAS2022"),
+    ):
+        process = start(tmp_path / "cache", *options, f"--output_dir={tmp_path / 'run'}")
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode != 0
+        assert message in errors.splitlines()[-1], errors[-2000:]
