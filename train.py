@@ -72,6 +72,8 @@ class Data:
 def load_data(args: DataArguments, seed: int, sampling_rate: int) -> Data:
     """Load, decode and split; the validation patients depend on the seed."""
     options: dict[str, Any] = {"continuous_as_wheeze": True} if args.continuous_as_wheeze else {}
+    if args.dataset == "simulated":
+        options["train_patients"] = args.simulated_patients
     splits = hf_datasets.load(
         args.dataset,
         args.data_dir,
@@ -111,6 +113,7 @@ def build_model(args: ModelArguments, max_length: int, class_counts: list[int]) 
         num_hidden_layers=args.num_hidden_layers,
         num_attention_heads=args.num_attention_heads,
         intermediate_size=args.intermediate_size,
+        initializer_range=args.initializer_range,
         patch_size=args.patch_size,
         frequency_stride=args.patch_stride,
         time_stride=args.patch_stride,

@@ -4,6 +4,19 @@ This package's four top modules are what a checkpoint carries on the Hub; `train
 what a trainer, an application and a researcher need beside them.
 """
 
+import importlib.util
+from importlib.metadata import version
+
+if importlib.util.find_spec("torchaudio") is not None:
+    # Transformers looks at package metadata alone: a torchaudio that does not load breaks its AST, Trainer, pipeline.
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ImportError(
+            f"torchaudio {version('torchaudio')} does not load beside torch {version('torch')}: install the pair with "
+            "pip install 'torch==2.11.*' 'torchaudio==2.11.*', or pip uninstall torchaudio, which only training needs."
+        ) from error
+
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification
 
 from .configuration_qlung import QLungConfig

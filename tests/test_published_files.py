@@ -66,6 +66,19 @@ def test_opens_every_way_with_equal_bits(checkpoint, tmp_path):
         assert result["pipeline"] == expected
 
 
+def test_a_broken_torchaudio_is_named(tmp_path):
+    """As PyPI's torchaudio is beside a CPU-only torch: installed, and its library does not load."""
+    (tmp_path / "torchaudio").mkdir()
+    (tmp_path / "torchaudio" / "__init__.py").write_text("raise OSError('libc10_cuda.so: cannot open shared object')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import modeling_qlung"], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 1
+    assert "does not load beside torch" in done.stderr.splitlines()[-1]
+    assert "pip install 'torch==2.11.*' 'torchaudio==2.11.*'" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_opens_in_the_minimal_environment(checkpoint, tmp_path):
     """CPU torch of another version and Transformers, without torchaudio: what a user of a checkpoint has."""

@@ -31,6 +31,7 @@ class DataArguments:
     cache_dir: str | None = _option(None, "Folder of the built datasets; by default the Hugging Face cache.")
     allow_missing_audio: bool = _option(False, "Train on less if recordings are missing, instead of an error.")
     continuous_as_wheeze: bool = _option(False, "SPRSound: count rhonchi and stridor as wheeze, not as unlabelled.")
+    simulated_patients: int = _option(20, "Simulated: number of training patients, each with 20 cycles.")
     validation_fraction: float = _option(0.2, "Share of training patients kept for validation; 0 for none.")
     duration: float = _option(8.0, "Length of the model's input, in seconds; shorter cycles are padded.")
     num_frames: int | None = _option(None, "Length in frames; those beyond the duration are zero. From the duration.")
@@ -58,6 +59,10 @@ class ModelArguments:
     num_hidden_layers: int = _option(12, "From scratch: number of layers.")
     num_attention_heads: int = _option(12, "From scratch: number of attention heads.")
     intermediate_size: int = _option(3072, "From scratch: width of the MLPs.")
+    initializer_range: float = _option(
+        0.02,
+        "From scratch: deviation of the initial weights. Narrow encoders need more than the 0.02 of a width of 768.",
+    )
     patch_size: int = _option(16, "From scratch: side of a patch, in mel bands and frames.")
     patch_stride: int = _option(10, "From scratch: step between patches in both directions.")
     hidden_dropout: float = _option(0.0, "From scratch: dropout within the layers.")
