@@ -151,7 +151,9 @@ def _check(split: str, recordings: list[Recording], folder: Path, allow_missing:
 
 def _download(cache_dir: str | None) -> Path:
     archive = download({"archive": URL}, cache_dir, _by_hand())["archive"]
-    root = archive / f"SPRSound-{COMMIT}" / ROOT
+    # The authors' repository has held the folder at its top and below `releases`.
+    top = archive / f"SPRSound-{COMMIT}"
+    root = max((top / ROOT, top / "releases" / ROOT), key=lambda folder: len(list(folder.glob("*_wav/*.wav"))))
     if not root.is_dir():
         raise ValueError(f"{URL}, kept as {archive}, holds no SPRSound-{COMMIT}/{ROOT}. {_by_hand()}")
     return root
