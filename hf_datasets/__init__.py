@@ -16,8 +16,8 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
-from hf_datasets.builder import CONFIGS, Icbhi, LungSoundBuilder, LungSoundConfig, Simulated, Sprsound
-from hf_datasets.labels import LABELS
+from .builder import CONFIGS, Icbhi, LungSoundBuilder, LungSoundConfig, Simulated, Sprsound
+from .labels import LABELS
 
 __all__ = ["LABELS", "load"]
 

@@ -16,10 +16,10 @@ import pyarrow as pa
 from datasets import ClassLabel, Features, Value
 from datasets.builder import Key
 
-from hf_datasets import icbhi, simulated, sprsound
-from hf_datasets.audio import Wav, read_wav
-from hf_datasets.labels import EVENT_TYPES, LABELS, RECORD_LABELS
-from hf_datasets.recordings import Cycle, Recording, fingerprint, usable
+from . import icbhi, simulated, sprsound
+from .audio import Wav, read_wav
+from .labels import EVENT_TYPES, LABELS, RECORD_LABELS
+from .recordings import Cycle, Recording, fingerprint, usable
 
 CONFIGS = ("cycles", "recordings")
 _EVENT_TYPE = ClassLabel(names=list(EVENT_TYPES))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_datasets.recordings import Cycle, Recording, check_counts, download
+from .recordings import Cycle, Recording, check_counts, download
 
 logger = logging.getLogger(__name__)
 

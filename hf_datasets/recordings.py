@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 
-from hf_datasets.labels import LABELS, label_of
+from .labels import LABELS, label_of
 
 logger = logging.getLogger(__name__)
 

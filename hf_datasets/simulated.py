@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_datasets.audio import Wav
-from hf_datasets.labels import event_flags
-from hf_datasets.recordings import Cycle, Recording
+from .audio import Wav
+from .labels import event_flags
+from .recordings import Cycle, Recording
 
 LOCATIONS = ("Tc", "Al", "Ar", "Pl", "Pr", "Ll", "Lr")
 CYCLES_PER_RECORDING = 5

@@ -14,8 +14,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from hf_datasets.labels import EVENT_TYPES, RECORD_LABELS, event_flags
-from hf_datasets.recordings import Cycle, Recording, check_counts, download
+from .labels import EVENT_TYPES, RECORD_LABELS, event_flags
+from .recordings import Cycle, Recording, check_counts, download
 
 logger = logging.getLogger(__name__)
 

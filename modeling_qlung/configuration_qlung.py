@@ -6,6 +6,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 LABELS = ("normal", "crackle", "wheeze", "both")
 POOLINGS = ("cls_dist", "mean")
+ENCODER = "audio-spectrogram-transformer"
 HEADS = ("angular", "linear")
 
 
@@ -17,7 +18,7 @@ class QLungConfig(PreTrainedConfig):
 
     Args:
         audio_config (`dict` or `PreTrainedConfig`, *optional*):
-            Configuration of the encoder, any Transformers audio encoder. Defaults to AST base for 8 s of audio
+            Configuration of the encoder, an Audio Spectrogram Transformer. Defaults to AST base for 8 s of audio
             (798 frames of 128 mel bands).
         pooling (`str`, *optional*, defaults to `"cls_dist"`):
             `"cls_dist"`: the mean of AST's class and distillation tokens (Gong et al. 2021);
@@ -51,10 +52,10 @@ class QLungConfig(PreTrainedConfig):
         **kwargs,
     ):
         if audio_config is None:
-            audio_config = {"model_type": "audio-spectrogram-transformer", "max_length": 798}
+            audio_config = {"max_length": 798}
         if isinstance(audio_config, dict):
             audio_config = dict(audio_config)
-            model_type = audio_config.pop("model_type", "audio-spectrogram-transformer")
+            model_type = audio_config.pop("model_type", ENCODER)
             audio_config = CONFIG_MAPPING[model_type](**audio_config)
         self.audio_config: PreTrainedConfig = audio_config
         self.pooling = pooling
@@ -69,6 +70,8 @@ class QLungConfig(PreTrainedConfig):
         self._validate()
 
     def _validate(self) -> None:
+        if self.audio_config.model_type != ENCODER:
+            raise ValueError(f"audio_config is a {self.audio_config.model_type}; the encoder must be {ENCODER}.")
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling is {self.pooling!r}; choose one of {', '.join(POOLINGS)}.")
         if self.head not in HEADS:

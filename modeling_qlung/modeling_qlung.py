@@ -1,6 +1,7 @@
 """QLung models: an audio encoder with one pooled embedding, and a head of angular or linear logits over it."""
 
 import copy
+import os
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +83,6 @@ class QLungPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["ASTEmbeddings", "ASTLayer"]  # noqa: RUF012 - Transformers' own class attribute
     _supports_sdpa = True
     _supports_flash_attn = True
-    _supports_flex_attn = True
     # Otherwise Trainer takes the **kwargs of forward for a loss that scales itself, and multiplies loss and gradients
     # by the number of accumulation steps.
     accepts_loss_kwargs = False
@@ -130,6 +130,8 @@ class QLungPreTrainedModel(PreTrainedModel):
         try:
             encoder, info = AutoModel.from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **hub)
         except OSError as error:
+            if os.path.isdir(pretrained_model_name_or_path):
+                raise
             raise OSError(
                 f"The weights {pretrained_model_name_or_path!r} are no local folder and could not be downloaded. "
                 f"With a network: hf download {pretrained_model_name_or_path} --local-dir ast, then give the folder "
@@ -140,6 +142,7 @@ class QLungPreTrainedModel(PreTrainedModel):
         if info["missing_keys"]:
             raise ValueError(f"{pretrained_model_name_or_path} lacks {sorted(info['missing_keys'])}.")
         audio_config = copy.deepcopy(encoder.config)
+        audio_config.name_or_path = ""  # maybe a folder of this machine, which a published checkpoint must not name
         audio_config.max_length = num_frames or 1 + (round(16000 * duration) - 400) // 160
         model = cls(QLungConfig(audio_config=audio_config, **kwargs))
         base = model.qlung if isinstance(model, QLungForAudioClassification) else model

@@ -20,7 +20,7 @@ from tests.test_published_files import open_elsewhere
 ROOT = Path(__file__).parents[1]
 TINY = [
     "--hidden_size=16", "--num_hidden_layers=1", "--num_attention_heads=2", "--intermediate_size=32",
-    "--disable_tqdm=true", "--duration=1.0",
+    "--disable_tqdm=true", "--duration=1.0", "--simulated_patients=20",
 ]  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def test_a_run_leaves_everything_that_its_readers_need(two_seeds):
     code = {"modeling_qlung.py", "configuration_qlung.py", "feature_extraction_qlung.py", "quality_qlung.py"}
     figures = {"confusion_matrix_test.png", "confusion_matrix_validation.png", "training_curves.png"}
     files = {"config.json", "preprocessor_config.json", "model.safetensors", "metrics.json", "predictions.parquet"}
-    assert code | figures | files | {"README.md", "recipe.yaml"} <= names
+    assert names == code | figures | files | {"README.md", "recipe.yaml"}
 
     predictions = pd.read_parquet(run / "predictions.parquet")
     metrics = json.loads((run / "metrics.json").read_text())
@@ -88,20 +88,20 @@ def test_a_run_leaves_everything_that_its_readers_need(two_seeds):
 
 @pytest.mark.slow
 def test_the_card_tells_what_was_done(two_seeds):
-    folder, options, _ = two_seeds
+    folder, _, _ = two_seeds
     card = ModelCard.load(folder / "seed_2" / "README.md")
     assert card.data.eval_results
     for part in (
-        "quickstart",
+        "`quickstart`: QLung's loss and head on simulated lung sounds",
         "sharpness: sam",
         "Seed 2",
-        "validation patients",
+        "validation patients, none of whom is in the training part",
+        "accelerate launch train.py recipe.yaml\n",
+        "normalization: percentile",
         "Not a medical device",
-        *options[-3:],
-        "--output_dir ...",
     ):
         assert part in card.text, part
-    for file in [path for path in (folder / "seed_2").iterdir() if path.is_file()]:
+    for file in [path for path in (folder / "seed_2").rglob("*") if path.is_file()]:
         assert str(folder.parent).encode() not in file.read_bytes(), f"{file.name} names a folder of this machine"
 
 
@@ -170,6 +170,59 @@ def test_killed_and_resumed_ends_in_the_same_weights(shared_cache, tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_predict_every_cycle_once(shared_cache, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "train.py"), "quickstart", *TINY, "--num_train_epochs=1", "--sharpness=sam",
+         "--use_cpu=true", "--ddp_backend=gloo", f"--cache_dir={shared_cache}", f"--output_dir={tmp_path / 'run'}"],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    predictions = pd.read_parquet(tmp_path / "run" / "predictions.parquet")
+    assert predictions.groupby("split")["row_id"].nunique().to_dict() == {"test": 120, "validation": 80}
+    assert len(predictions) == 200
+    assert done.stdout.count("quickstart, 1 seed") == 1, "only the first process speaks"
+
+
+@pytest.mark.slow
+def test_quickstart_learns(tmp_path):
+    """The README's main job, as it stands there: nothing at hand but the package."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "train.py", "quickstart"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    begin = time.monotonic()
+    done = subprocess.run(
+        [*command, f"--output_dir={tmp_path / 'run'}"], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    scores = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
+    print(f"quickstart: {time.monotonic() - begin:.0f} s, score (4-class) {scores['score_4class']:.1f}")
+    assert scores["score_4class"] > 60
+    assert scores["sensitivity_4class"] > 40
+
+
+def test_a_cpu_is_used_whole_under_a_launcher(monkeypatch):
+    """`accelerate launch` and torchrun set OMP_NUM_THREADS=1."""
+    import torch
+
+    from train import use_all_cores
+
+    given: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    use_all_cores()
+    assert given == [], "a thread count that the user set himself stays"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    use_all_cores()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    use_all_cores()
+    assert given == [8, 2]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["ast-ce", "qlung-ast", "sam-ast", "qlung-sam-ast"])
 def test_the_papers_recipes_take_real_steps(recipe, real_icbhi, shared_cache, tmp_path):
     """On real ICBHI cycles, with AudioSet-shaped weights of a narrow encoder."""
@@ -177,15 +230,20 @@ def test_the_papers_recipes_take_real_steps(recipe, real_icbhi, shared_cache, tm
 
     encoder = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     ASTForAudioClassification(ASTConfig(**encoder, num_labels=527)).save_pretrained(tmp_path / "ast")
+    selection = "last" if recipe == "sam-ast" else "test"
     output = train(
         shared_cache, recipe, f"--data_dir={real_icbhi}", "--allow_missing_audio=true", f"--encoder={tmp_path / 'ast'}",
         "--max_steps=4", "--save_strategy=steps", "--save_steps=2", "--eval_strategy=steps", "--eval_steps=2",
-        "--disable_tqdm=true", f"--output_dir={tmp_path / 'run'}",
+        "--disable_tqdm=true", f"--select_on={selection}", f"--output_dir={tmp_path / 'run'}",
     )  # fmt: skip
     assert "| test | 1 |" in output
     card = (tmp_path / "run" / "README.md").read_text()
     assert "864 of 920 recordings lack their audio" in card
+    assert "| train | 227 | 133 | 65 | 17 | 442 |" in card, "without validation patients all of the part is trained on"
+    assert ("**The epoch was chosen on the TEST part" in card) == (selection == "test")
     assert len(pd.read_parquet(tmp_path / "run" / "predictions.parquet").query("split == 'test'")) == 91
+    for file in [path for path in (tmp_path / "run").rglob("*") if path.is_file()]:
+        assert str(tmp_path).encode() not in file.read_bytes(), f"{file.name} names a folder of this machine"
 
 
 @pytest.mark.slow
@@ -196,6 +254,9 @@ def test_unlabelled_events_are_predicted_counted_and_never_scored(real_sprsound,
     )  # fmt: skip
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert list(metrics) == ["test_intra"]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "patients are in the training part too" in card
+    assert "This run did not use recording quality." in card
     assert metrics["test_intra"]["unlabelled"] == 16
     assert sum(metrics["test_intra"]["support"].values()) == 1004 - 16
     assert len(pd.read_parquet(tmp_path / "run" / "predictions.parquet")) == 1004

@@ -5,14 +5,14 @@ The names below need numpy alone. The others stand in their modules, so that a s
 `evaluate.load` opens by its path).
 """
 
-from modeling_qlung.evaluation.bootstrap import bootstrap_ci
-from modeling_qlung.evaluation.icbhi_score.scores import (
+from .bootstrap import bootstrap_ci
+from .icbhi_score.scores import (
     CLASS_NAMES,
     confusion_counts,
     icbhi_scores,
     scores_from_confusion,
 )
-from modeling_qlung.evaluation.protocols import sprsound_scores
+from .protocols import sprsound_scores
 
 __all__ = [
     "CLASS_NAMES",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from modeling_qlung.evaluation.icbhi_score.scores import CLASS_NAMES, confusion_counts, icbhi_rates
+from .icbhi_score.scores import CLASS_NAMES, confusion_counts, icbhi_rates
 
 # A percentile of the few resamples in which a score exists would describe only those.
 _MAX_UNDEFINED = 0.05

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from modeling_qlung.evaluation.report import SCORE_TITLES, format_mean_sd, format_table
+from .report import SCORE_TITLES, format_mean_sd
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class RunDescription:
         missing: what of the dataset was not there, None where it was complete.
         published: {score: value in percent} of the source's row, empty where nothing was published.
         base_model: Hub id of the pretrained weights, None when trained from scratch.
-        seeds: {split: ...} as `report.summarize_seeds` returns it, None for a single run.
+        shared_patients: {split: number of its patients who are also in the training part}.
         figures: {caption: file name beside the card}.
         repo_id: Hub id or folder, for the examples.
     """
@@ -57,7 +57,7 @@ class RunDescription:
     missing: str | None = None
     published: Mapping[str, float | str] = field(default_factory=dict)
     base_model: str | None = None
-    seeds: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None
+    shared_patients: Mapping[str, int] = field(default_factory=dict)
     figures: Mapping[str, str] = field(default_factory=dict)
     repo_id: str = "path/to/this/folder"
 
@@ -100,8 +100,7 @@ _DATASETS = {
 }
 
 _SELECTION = {
-    "validation": "The epoch was chosen by its score on validation patients, who are in neither the training nor the "
-    "test part.",
+    "validation": "The epoch was chosen by its score on validation patients, none of whom is in the training part.",
     "last": "No epoch was chosen: these are the scores after the last one.",
     "test": "**The epoch was chosen on the TEST part, as most published numbers were. These scores are optimistic, and "
     "comparable only with numbers chosen the same way.**",
@@ -216,9 +215,7 @@ def _scores(run: RunDescription) -> str:
         "(Sp + Se) / 2. In brackets: 95 % interval from a bootstrap over patients, of this one run (it holds no "
         "variation between seeds)."
     ]
-    parts += [_split_scores(split, scores) for split, scores in run.metrics.items()]
-    if run.seeds:
-        parts.append(f"### Over seeds\n\nMean ± standard deviation.\n\n{format_table(run.seeds)}")
+    parts += [_split_scores(split, scores, run.shared_patients.get(split, 0)) for split, scores in run.metrics.items()]
     if run.published:
         values = ", ".join(f"{SCORE_TITLES.get(name, name)} {value}" for name, value in run.published.items())
         parts.append(f"Published in {run.source}: {values}.")
@@ -226,7 +223,7 @@ def _scores(run: RunDescription) -> str:
     return "\n\n".join(parts)
 
 
-def _split_scores(split: str, scores: Mapping[str, Any]) -> str:
+def _split_scores(split: str, scores: Mapping[str, Any], shared_patients: int) -> str:
     cycles = sum(scores["support"].values())
     header = f"### {split}: {cycles:,} cycles of {_plural(scores['patients'], 'patient')}"
     rows = [
@@ -239,6 +236,11 @@ def _split_scores(split: str, scores: Mapping[str, Any]) -> str:
     ]
     tables = ["\n".join(["| measure | % | 95 % interval |", "|---|---:|---:|", *rows])]
     tables.append("\n".join(["| class | cycles | recall % |", "|---|---:|---:|", *classes]))
+    if shared_patients:
+        tables.append(
+            f"**{shared_patients:,} of these {_plural(scores['patients'], 'patient')} are in the training part too**, "
+            "as the official split has it: the scores say less about new patients."
+        )
     if scores["unlabelled"]:
         tables.append(f"{_plural(scores['unlabelled'], 'further cycle')} without one of the four labels: not scored.")
     return "\n\n".join([header, *tables])

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from modeling_qlung.evaluation.icbhi_score.scores import confusion_counts, defined, per_class, percent
+from .icbhi_score.scores import confusion_counts, defined, per_class, percent
 
 EVENT_TYPES = ("Normal", "Rhonchi", "Wheeze", "Stridor", "Coarse Crackle", "Fine Crackle", "Wheeze+Crackle")
 RECORD_LABELS = ("Normal", "CAS", "DAS", "CAS & DAS", "Poor Quality")

@@ -1,6 +1,7 @@
 """What a run leaves behind for its readers: predictions.parquet, metrics.json, and tables over seeds."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from modeling_qlung.evaluation.bootstrap import bootstrap_ci
-from modeling_qlung.evaluation.icbhi_score.scores import CLASS_NAMES, confusion_counts, scores_from_confusion
+from .bootstrap import bootstrap_ci
+from .icbhi_score.scores import CLASS_NAMES, confusion_counts, scores_from_confusion
 
 SCORE_TITLES = {
     "specificity": "Sp",
@@ -135,7 +136,14 @@ def write_metrics(path: str | Path, metrics: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a value is NaN or infinite, which JSON cannot hold.
     """
-    Path(path).write_text(json.dumps(metrics, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a UTF-8 file whole or not at all, so that a killed run leaves none cut short."""
+    unfinished = Path(f"{path}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def summarize_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -1,6 +1,8 @@
 """Every option of `train.py`, in the groups that `--help` shows; a recipe sets them, the command line overrides."""
 
 import dataclasses
+import inspect
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -10,8 +12,21 @@ from typing import Any, Literal, cast
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
+
+from .losses import LOSSES
 
 RECIPES = Path(__file__).parent / "recipes"
+LOSS_OPTIONS = (
+    "margin_weight",
+    "margin_scale",
+    "quality_share",
+    "quality_margin",
+    "target_margin",
+    "fixed_margin",
+    "margin",
+    "label_smoothing",
+)
 
 
 def _option(default: Any, text: str, **kwargs) -> Any:
@@ -32,7 +47,9 @@ class DataArguments:
     allow_missing_audio: bool = _option(False, "Train on less if recordings are missing, instead of an error.")
     continuous_as_wheeze: bool = _option(False, "SPRSound: count rhonchi and stridor as wheeze, not as unlabelled.")
     simulated_patients: int = _option(20, "Simulated: number of training patients, each with 20 cycles.")
-    validation_fraction: float = _option(0.2, "Share of training patients kept for validation; 0 for none.")
+    validation_fraction: float | None = _option(
+        None, "Share of training patients kept for validation. 0.2 where they choose the epoch, otherwise none."
+    )
     duration: float = _option(8.0, "Length of the model's input, in seconds; shorter cycles are padded.")
     num_frames: int | None = _option(None, "Length in frames; those beyond the duration are zero. From the duration.")
     padding: Literal["cyclic", "zero"] = _option("cyclic", "How shorter cycles are padded.")
@@ -103,10 +120,10 @@ class MethodArguments:
     time_masks: int = _option(2, "SpecAugment: time masks per cycle.")
     time_width: int = _option(160, "SpecAugment: largest width of a time mask, in frames.")
     waveform_augment: bool = _option(False, "Gain U(0.9, 1.1) and white noise of 1e-4, each half of the time.")
-    select_on: Literal["validation", "test", "last"] = _option(
+    select_on: str = _option(
         "validation",
-        "Which epoch is kept: best score_4class on validation patients, the last one, or best on the test set, which "
-        "is the published habit and overstates every score.",
+        "Which epoch is kept: best score_4class on `validation` patients, the `last` one, or best on the `test` set (a "
+        "test split by its name, if there are several), the published habit, which overstates every score.",
     )
     seeds: list[int] | None = field(
         default=None, metadata={"help": "Train once per seed and report mean ± sd. Default: --seed alone."}
@@ -183,14 +200,15 @@ def read_recipe(name: str) -> Recipe:
     known = {option.name for group in ARGUMENTS for option in dataclasses.fields(group)}
     if unknown := sorted(set(options) - known):
         raise SystemExit(f"{path}: unknown options {', '.join(unknown)}. `train.py --help` lists them all.")
-    return Recipe(path.stem, about, options)
+    return Recipe(about.pop("recipe", path.stem), about, options)
 
 
 def parse(argv: list[str]) -> tuple[Recipe, Arguments]:
     """Parse `[RECIPE] [--option value ...]`; options on the command line override the recipe's.
 
     Raises:
-        SystemExit: after `--help`, and with a message for an unknown recipe, option or value.
+        SystemExit: after `--help`, and with a message for an unknown recipe, option or value, or options that do not go
+            together.
     """
     parser = HfArgumentParser(
         ARGUMENTS,
@@ -201,16 +219,32 @@ def parse(argv: list[str]) -> tuple[Recipe, Arguments]:
     named = bool(argv) and not argv[0].startswith("-")
     recipe = read_recipe(argv[0] if named else "quickstart")
     _check_numbers(parser, recipe)
-    defaults = _values(parser.parse_args_into_dataclasses([], look_for_args_file=False))
-    parser.set_defaults(output_dir=f"runs/{recipe.name}")
-    parser.set_defaults(**recipe.options)
-    *groups, rest = parser.parse_args_into_dataclasses(
-        argv[1:] if named else argv, return_remaining_strings=True, look_for_args_file=False
-    )
+    typed = argv[1:] if named else argv
+    *defaults, _ = parser.parse_args_into_dataclasses([], return_remaining_strings=True, look_for_args_file=False)
+    words = [f"--output_dir=runs/{recipe.name}", *_as_words(recipe.options), *typed]
+    *groups, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         parser.error(f"unknown arguments {' '.join(rest)}; `train.py --help` lists them all")
-    recipe.options = {name: value for name, value in _values(groups).items() if value != defaults[name]}
-    return recipe, cast(Arguments, tuple(groups))
+    arguments = cast(Arguments, tuple(groups))
+    try:
+        _settle_loss(arguments, {word.removeprefix("--").split("=")[0].replace("-", "_") for word in typed})
+        before = _values(defaults)
+        recipe.options = {name: value for name, value in _values(groups).items() if value != before[name]}
+        _settle_selection(arguments)
+    except ValueError as error:
+        parser.error(str(error))
+    return recipe, arguments
+
+
+def _as_words(options: dict[str, Any]) -> list[str]:
+    """A recipe's options as a command line, so that their types and choices are checked as there."""
+    words: list[str] = []
+    for name, value in options.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            words.append(f"--{name}={json.dumps(value) if isinstance(value, (bool, dict)) else value}")
+    return words
 
 
 def _values(groups: Iterable[Any]) -> dict[str, Any]:
@@ -227,3 +261,45 @@ def _check_numbers(parser: HfArgumentParser, recipe: Recipe) -> None:
             raise SystemExit(
                 f"Recipe {recipe.name}: {name} is the text {value!r}. YAML needs a point in such numbers: 5.0e-5."
             )
+
+
+def _settle_loss(arguments: Arguments, typed: set[str]) -> None:
+    """Leave out what a recipe sets for another loss than the one chosen; refuse it where it was typed."""
+    _, model, method, _ = arguments
+    if method.loss not in LOSSES:
+        raise ValueError(f"there is no loss {method.loss!r}: choose one of {', '.join(LOSSES)}")
+    known = inspect.signature(LOSSES[method.loss]).parameters
+    for name in LOSS_OPTIONS:
+        if getattr(method, name) is not None and name not in known:
+            if name in typed:
+                raise ValueError(f"--{name} is no option of the loss {method.loss}")
+            setattr(method, name, None)
+    if method.class_weight_power and "class_weights" not in known:
+        raise ValueError(f"the loss {method.loss} takes no class weights: leave --class_weight_power out")
+    if model.head == "linear" and method.loss in ("arcface", "cosface", "adaface", "ldam"):
+        raise ValueError(f"the loss {method.loss} trains cosines, a linear head would infer without: --head angular")
+
+
+def _settle_selection(arguments: Arguments) -> None:
+    """Make validation, evaluation and saving agree with what chooses the epoch."""
+    data, _, method, training = arguments
+    if method.seeds is not None and len(set(method.seeds)) < len(method.seeds):
+        raise ValueError(f"--seeds {' '.join(map(str, method.seeds))} names a seed twice")
+    if data.validation_fraction is None:
+        data.validation_fraction = 0.2 if method.select_on == "validation" else 0.0
+    if method.select_on == "validation" and data.validation_fraction == 0:
+        raise ValueError("--select_on validation needs validation patients: set --validation_fraction above 0")
+    if training.save_only_model:
+        raise ValueError("--save_only_model leaves out what a killed run needs to continue")
+    if method.select_on == "last":
+        if data.validation_fraction == 0:
+            training.eval_strategy, training.do_eval = IntervalStrategy.NO, False
+        return
+    steps = training.eval_strategy == IntervalStrategy.STEPS and training.save_steps % training.eval_steps
+    if training.eval_strategy == IntervalStrategy.NO or training.eval_strategy != training.save_strategy or steps:
+        raise ValueError(
+            f"--select_on {method.select_on} needs a checkpoint of every epoch or step that is scored: give "
+            "--eval_strategy and --save_strategy the same value, and --save_steps a multiple of --eval_steps"
+        )
+    training.metric_for_best_model, training.greater_is_better = "score_4class", True
+    training.load_best_model_at_end = True

@@ -1,15 +1,18 @@
 """From dataset rows to batches: decode and resample once, fit what the preparation needs, collate."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Audio, Dataset
+from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
+from .. import quality_qlung
 from ..feature_extraction_qlung import QLungFeatureExtractor
-from ..inference import read_audio
+from ..inference import audio as recordings
 from ..quality_qlung import entropy_and_rms, fit_statistics, quality_score
 
 UNLABELLED = -100  # the index that cross-entropy leaves out
@@ -27,15 +30,21 @@ def decode_cycles(dataset: Dataset, sampling_rate: int) -> Dataset:
         A memory-mapped dataset, cached beside the one given, with `waveform` (float32 samples), `entropy`, `rms` and
         the columns label, patient_id, recording_id and cycle_index.
     """
+    # `datasets` knows a function by its name: after a change of the code it would serve what the old code gave.
+    code = [inspect.getsource(part) for part in (recordings, quality_qlung, _decode_row)]
     dropped = [name for name in dataset.column_names if name not in KEPT_COLUMNS]
     decoded = dataset.cast_column("audio", Audio(decode=False)).map(
-        _decode_row, fn_kwargs={"sampling_rate": sampling_rate}, remove_columns=dropped, desc="Decode cycles"
+        _decode_row,
+        fn_kwargs={"sampling_rate": sampling_rate},
+        remove_columns=dropped,
+        desc="Decode cycles",
+        new_fingerprint=Hasher.hash([dataset._fingerprint, sampling_rate, *code]),
     )
     return decoded.with_format("numpy", columns=["waveform"], output_all_columns=True)
 
 
 def _decode_row(row: Mapping[str, Any], sampling_rate: int) -> dict[str, Any]:
-    waveform = read_audio(row["audio"]["bytes"], sampling_rate)
+    waveform = recordings.read_audio(row["audio"]["bytes"], sampling_rate)
     entropy, rms = entropy_and_rms(waveform, sampling_rate)
     return {"waveform": waveform, "entropy": entropy, "rms": rms}
 

@@ -21,6 +21,7 @@ class ClassificationLoss(nn.Module):
     """
 
     margin_factor: float = 1.0
+    uses_quality: bool = False
 
     def forward(
         self,
@@ -84,8 +85,8 @@ def class_priors(class_counts: Sequence[int]) -> torch.Tensor:
     for index, count in enumerate(class_counts):
         if count <= 0:
             raise ValueError(
-                f"class_counts[{index}] is {count}: class {index} has no training example. Drop the class from the "
-                "label map, or choose a training split that contains it."
+                f"class_counts[{index}] is {count}: class {index} has no training example. Train on data that has it, "
+                "or with a loss that needs no counts, such as cross_entropy or arcface."
             )
     counts = torch.tensor(class_counts, dtype=torch.float64)
     return counts / counts.sum()
@@ -225,6 +226,7 @@ class QLungLoss(ClassificationLoss):
         self.quality_share = quality_share
         self.quality_margin = quality_margin
         self.fixed_margin = fixed_margin
+        self.uses_quality = fixed_margin is None and margin_weight > 0 and quality_share > 0
         margins = -class_priors(class_counts).log() * (target_margin / math.log(len(class_counts)))
         self.register_buffer("class_margins", margins.to(torch.get_default_dtype()), persistent=False)
 
@@ -317,10 +319,9 @@ class AdaFaceLoss(ClassificationLoss):
     Softmax over s (cos(θ_y + g_angle) - g_add), with g_angle = -m z, g_add = m z + m and z the embedding's length
     standardised by running statistics, times h, cut to [-1, 1]. θ_y + g_angle is kept within [0, π].
 
-    The statistics are this process's own: under DDP each rank follows its share of the data, as batch normalisation
-    does unless it is synchronised. They start from the first batch (ours; the reference code starts from 20 and 100,
-    lengths of face embeddings), and move only in training mode and outside `sharpness.freeze_statistics`. They are
-    part of `state_dict`, and a resumed training needs them.
+    The statistics of a batch are averaged over processes. They start from the first batch (ours; the reference code
+    starts from 20 and 100, lengths of face embeddings), and move only in training mode and outside
+    `sharpness.freeze_statistics`. They are part of `state_dict`, and a resumed training needs them.
 
     Args:
         scale: s.
@@ -363,8 +364,12 @@ class AdaFaceLoss(ClassificationLoss):
     @torch.no_grad()
     def _update(self, norms: torch.Tensor) -> None:
         weight = torch.where(self.num_batches == 0, 1.0, self.momentum).to(self.norm_mean.dtype)
-        self.norm_mean.lerp_(norms.mean().to(self.norm_mean.dtype), weight)
-        self.norm_std.lerp_(norms.std().to(self.norm_std.dtype), weight)
+        statistics = torch.stack([norms.mean(), norms.std()]).to(self.norm_mean.dtype)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(statistics)
+            statistics /= torch.distributed.get_world_size()
+        self.norm_mean.lerp_(statistics[0], weight)
+        self.norm_std.lerp_(statistics[1], weight)
         self.num_batches += 1
 
     @staticmethod

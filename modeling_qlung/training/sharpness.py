@@ -120,14 +120,18 @@ class SharpnessAwareStep:
             torch._foreach_mul_(orthogonal, self.alpha)
             torch._foreach_sub_(climbed, orthogonal)
         else:
-            self._direction = _orthogonal_part(climbed, clean)
+            direction = _orthogonal_part(climbed, clean)
+            # In float16 a step may overflow, and is skipped; its direction must not last for k steps.
+            finite = torch.isfinite(_norm(direction))
+            before = self._direction or [torch.zeros_like(part) for part in direction]
+            self._direction = [torch.where(finite, *pair) for pair in zip(direction, before, strict=True)]
         self._clean_gradient = None
 
     @torch.no_grad()
     def _reuse_direction(self, parameters: list[nn.Parameter]) -> None:
         assert self._direction is not None
         gradient = _gradients(parameters)
-        scale = self.alpha * _norm(gradient) / _norm(self._direction)
+        scale = self.alpha * _norm(gradient) / _norm(self._direction).clamp_min(1e-12)
         torch._foreach_add_(gradient, torch._foreach_mul(self._direction, scale))
 
     def state_dict(self) -> dict[str, Any]:

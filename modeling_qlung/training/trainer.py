@@ -32,6 +32,8 @@ SCORES = ("specificity", "sensitivity_4class", "score_4class", "sensitivity_2cla
 def compute_scores(prediction: EvalPrediction) -> dict[str, float]:
     """Give ICBHI's scores of logits (n, 4) and labels (n,) in percent, of the labelled; an undefined one is NaN."""
     labelled = prediction.label_ids != UNLABELLED
+    if not labelled.any():
+        return dict.fromkeys(SCORES, float("nan"))
     scores = icbhi_scores(prediction.label_ids[labelled], np.argmax(prediction.predictions[labelled], axis=-1))
     return {name: float("nan") if scores[name] is None else scores[name] for name in SCORES}
 
@@ -51,7 +53,7 @@ class QLungTrainer(Trainer):
         ema_decay: averages weights; the average is evaluated, and is the model after `train`.
 
     Raises:
-        ValueError: for sharpness-aware steps under FSDP or DeepSpeed, whose shards they would not see whole.
+        ValueError: for sharpness-aware steps or averaged weights under FSDP or DeepSpeed, which shard the parameters.
     """
 
     model: QLungForAudioClassification
@@ -79,10 +81,11 @@ class QLungTrainer(Trainer):
             compute_metrics=compute_scores,
             **kwargs,
         )
-        if sharpness is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if (sharpness is not None or ema_decay is not None) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
-                f"Sharpness-aware training ({sharpness.method}) needs every parameter whole on each device, and "
-                f"{'FSDP' if self.is_fsdp_enabled else 'DeepSpeed'} shards them: use DDP, or set --sharpness none."
+                "Sharpness-aware training and averaged weights need every parameter whole on each device, and "
+                f"{'FSDP' if self.is_fsdp_enabled else 'DeepSpeed'} shards them: use DDP, or set --sharpness none and "
+                "leave --ema_decay out."
             )
         self.loss = loss.to(self.args.device)
         self.feature_extractor = feature_extractor
@@ -139,7 +142,8 @@ class QLungTrainer(Trainer):
                 norms=outputs.pooler_output.norm(dim=-1),
             )
         else:
-            loss = nn.functional.cross_entropy(outputs.logits, labels)
+            total = nn.functional.cross_entropy(outputs.logits, labels, ignore_index=UNLABELLED, reduction="sum")
+            loss = total / (labels != UNLABELLED).sum().clamp_min(1)
         return (loss, outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -160,6 +164,8 @@ class QLungTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """Train, and leave the averaged weights in the model if there are any."""
+        if self.args.process_index:  # the Trainer seeds all processes alike: each would drop and mask the same
+            torch.manual_seed(self.args.seed + self.args.process_index)
         output = super().train(*args, **kwargs)
         if self.ema is not None:
             self.ema.apply(self.model)
@@ -172,6 +178,7 @@ class QLungTrainer(Trainer):
             parts = {"loss": self.loss, "sharpness": self.sharpness, "ema": self.ema}
             state = {name: part.state_dict() for name, part in parts.items() if part is not None}
             torch.save(state, Path(output_dir) / STATE_NAME)
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

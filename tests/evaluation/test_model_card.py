@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from modeling_qlung.evaluation.model_card import RunDescription, build_model_card
-from modeling_qlung.evaluation.report import SCORE_TITLES, summarize_seeds
+from modeling_qlung.evaluation.report import SCORE_TITLES
 
 SCORES = {
     "specificity": 81.904,
@@ -117,14 +117,13 @@ def test_data_says_what_was_missing_and_what_its_terms_are(run):
 
 
 def test_optional_parts_are_left_out(run):
-    full = replace(run, seeds=summarize_seeds([run.metrics, run.metrics]), figures={"Confusion": "confusion.png"})
+    full = replace(run, shared_patients={"test": 2}, figures={"Confusion": "confusion.png"})
     bare = replace(run, quality=None, published={}, base_model=None)
-    assert "### Over seeds" in build_model_card(full)
-    assert "| test | 2 | 81.90 ± 0.00 |" in build_model_card(full)
+    assert "**2 of these 49 patients are in the training part too**" in build_model_card(full)
     assert "![Confusion](confusion.png)" in build_model_card(full)
     assert "normalization: percentile" in build_model_card(full)
     card = build_model_card(bare)
-    assert "### Over seeds" not in card
+    assert "in the training part too" not in card
     assert "Published in" not in card
     assert "This run did not use recording quality." in card
     assert "trained from scratch" in card

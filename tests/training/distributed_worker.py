@@ -3,15 +3,17 @@
 import copy
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from modeling_qlung.training.losses import AdaFaceLoss
 from modeling_qlung.training.sharpness import SharpnessAwareStep
 from tests.training.small_training import batches, cycles, gradient_at, make_trainer, mean, train_by_hand
 from tests.training.test_sharpness import ALPHA, LOSS, RHO, rule
 from tests.training.test_trainer import StopAt, last_whole_checkpoint
 
-DDP = {"use_cpu": True, "ddp_backend": "gloo"}
+DDP: dict[str, Any] = {"use_cpu": True, "ddp_backend": "gloo"}
 
 
 def check_training(folder: Path, method: str) -> None:
@@ -54,19 +56,52 @@ def check_evaluation(folder: Path) -> None:
 
 
 def check_resuming(folder: Path) -> None:
-    """Stopped within the second epoch and resumed: the same bits as never stopped."""
-    options = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 6, "sampling_power": 1.0, **DDP}
-    whole = make_trainer(folder / "whole", sharpness=SharpnessAwareStep("looksam", RHO, ALPHA, 4), **options)
+    """Stopped within the second epoch and resumed: the same bits as never stopped, running statistics too."""
+    options: dict[str, Any] = {
+        "num_train_epochs": 3,
+        "save_strategy": "steps",
+        "save_steps": 6,
+        "sampling_power": 1.0,
+        **DDP,
+    }
+    whole = make_trainer(
+        folder / "whole",
+        sharpness=SharpnessAwareStep("looksam", RHO, ALPHA, 4),
+        loss=AdaFaceLoss(scale=10.0),
+        **options,
+    )
     whole.train()
     stopped = make_trainer(
-        folder / "parts", sharpness=SharpnessAwareStep("looksam", RHO, ALPHA, 4), callbacks=[StopAt(6)], **options
+        folder / "parts",
+        sharpness=SharpnessAwareStep("looksam", RHO, ALPHA, 4),
+        loss=AdaFaceLoss(scale=10.0),
+        callbacks=[StopAt(6)],
+        **options,
     )
     stopped.train()
-    resumed = make_trainer(folder / "parts", sharpness=SharpnessAwareStep("looksam", RHO, ALPHA, 4), **options)
+    resumed = make_trainer(
+        folder / "parts",
+        sharpness=SharpnessAwareStep("looksam", RHO, ALPHA, 4),
+        loss=AdaFaceLoss(scale=10.0),
+        **options,
+    )
     resumed.train(resume_from_checkpoint=last_whole_checkpoint(folder / "parts"))
     assert resumed.state.global_step == whole.state.global_step == 12
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+    assert resumed.loss.num_batches == whole.loss.num_batches == 12
+    assert resumed.loss.state_dict() == whole.loss.state_dict()
+    check_agreement(resumed)
+
+
+def check_random_numbers(folder: Path) -> None:
+    """Each process drops and masks on its own."""
+    trainer = make_trainer(folder, num_train_epochs=1, **DDP)
+    trainer.train()
+    drawn = torch.rand(4)
+    gathered = [torch.empty_like(drawn) for _ in range(2)]
+    torch.distributed.all_gather(gathered, drawn)
+    assert not torch.equal(gathered[0], gathered[1])
 
 
 if __name__ == "__main__":
@@ -76,4 +111,5 @@ if __name__ == "__main__":
         check_training(root / name, name)
     check_evaluation(root / "evaluation")
     check_resuming(root)
+    check_random_numbers(root / "random")
     print("every check passed")

@@ -129,4 +129,4 @@ def train_by_hand(
         gradient = rule(model, micro_batches, step)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter -= rate * gradient[name].to(parameter.dtype)
+                parameter.sub_(rate * gradient[name].to(parameter.dtype))

@@ -1,9 +1,12 @@
 import dataclasses
+import re
 
 import pytest
 import yaml
 
 from modeling_qlung.training.arguments import ARGUMENTS, parse, read_recipe, recipe_names
+from modeling_qlung.training.build import build_training_loss
+from modeling_qlung.training.losses import LOSSES
 
 
 def test_the_command_line_overrides_the_recipe():
@@ -35,12 +38,16 @@ def test_a_recipe_is_also_a_file(tmp_path):
     [
         ("learning_rate: 5e-5\n", r"learning_rate is the text '5e-5'. YAML needs a point in such numbers: 5.0e-5"),
         ("lerning_rate: 0.1\n", "unknown options lerning_rate"),
+        ("normalization: trian\n", "argument --normalization.*invalid choice: 'trian'"),
+        ("num_train_epochs: many\n", "num_train_epochs is the text 'many'"),
+        ("bf16: maybe\n", "argument --bf16.*maybe"),
     ],
 )
-def test_a_wrong_recipe_is_named(tmp_path, content, message):
+def test_a_wrong_recipe_is_named(tmp_path, content, message, capsys):
     (tmp_path / "wrong.yaml").write_text(content)
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(SystemExit) as error:
         parse([str(tmp_path / "wrong.yaml")])
+    assert re.search(message, str(error.value) + capsys.readouterr().err)
 
 
 def test_unknown_recipes_and_options_are_named(capsys):
@@ -87,3 +94,57 @@ def test_the_issued_options_make_the_same_run_again(tmp_path):
     assert again.options == recipe.options
     for one, other in zip(arguments[:3], same[:3], strict=True):
         assert one == other
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_goes_with_every_loss(name, loss):
+    """What a recipe sets for its own loss is left out; only a linear head and margins on cosines do not go together."""
+    words = [name, "--loss", loss]
+    if loss in ("arcface", "cosface", "adaface", "ldam"):
+        words += ["--head", "angular"]
+    recipe, (_, model, method, _) = parse(words)
+    built = build_training_loss(method, model.scale, [0, 1, 2, 3], [1, 1, 1, 1])
+    assert type(built) is LOSSES[loss]
+    assert recipe.options.get("loss", "qlung") == loss
+
+
+def test_a_setting_of_the_loss_reaches_it():
+    _, (_, model, method, _) = parse(["qlung-ast", "--quality_share", "1", "--fixed_margin", "0.3"])
+    loss = build_training_loss(method, model.scale, [0, 1, 2, 3], [1, 2, 3, 4])
+    assert (loss.quality_share, loss.fixed_margin, loss.margin_scale, loss.plain.scale) == (1.0, 0.3, 15.0, 37.0)
+    _, (_, model, method, _) = parse(["ast-ce", "--class_weight_power", "1", "--label_smoothing", "0.2"])
+    loss = build_training_loss(method, model.scale, [0, 0, 0, 1, 2, 3], [3, 1, 1, 1])
+    assert loss.class_weights.tolist() == pytest.approx([0.5, 1.5, 1.5, 1.5])
+    assert loss.label_smoothing == 0.2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--loss", "arcface", "--margin_weight", "1"], "--margin_weight is no option of the loss arcface"),
+        (["--loss", "arcfase"], "there is no loss 'arcfase': choose one of qlung, cross_entropy"),
+        (["--loss", "arcface", "--head", "linear"], "a linear head would infer without: --head angular"),
+        (["--loss", "ldam", "--class_weight_power", "1"], "the loss ldam takes no class weights"),
+        (["--validation_fraction", "0"], "--select_on validation needs validation patients"),
+        (["--save_strategy", "no"], "give --eval_strategy and --save_strategy the same value"),
+        (["--eval_strategy", "steps", "--eval_steps", "5"], "give --eval_strategy and --save_strategy the same value"),
+        (["--save_only_model", "true"], "leaves out what a killed run needs"),
+        (["--seeds", "1", "2", "1"], "names a seed twice"),
+    ],
+)
+def test_options_that_do_not_go_together_are_named(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(["quickstart", *words])
+    assert message in capsys.readouterr().err
+
+
+def test_validation_patients_are_kept_apart_only_where_they_choose():
+    """The published habit trains on the whole training part."""
+    for words, fraction in (([], 0.2), (["--select_on", "test"], 0.0), (["--select_on", "last"], 0.0)):
+        _, (data, _, _, training) = parse(["qlung-ast", *words])
+        assert data.validation_fraction == fraction
+        assert training.load_best_model_at_end == (words != ["--select_on", "last"])
+    _, (data, _, _, training) = parse(["qlung-ast", "--select_on", "last", "--validation_fraction", "0.1"])
+    assert data.validation_fraction == 0.1
+    assert training.eval_strategy == "epoch"

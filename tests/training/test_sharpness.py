@@ -182,3 +182,6 @@ def test_sharded_engines_are_refused(tmp_path, engine, monkeypatch):
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", build_sharded)
     with pytest.raises(ValueError, match=r"(?i)" + engine + r" shards them: use DDP, or set --sharpness none"):
         make_trainer(tmp_path, sharpness=SharpnessAwareStep("sam"))
+    with pytest.raises(ValueError, match="leave --ema_decay out"):
+        make_trainer(tmp_path, ema_decay=0.9)
+    make_trainer(tmp_path)

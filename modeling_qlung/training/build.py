@@ -1,0 +1,91 @@
+"""From options to objects: the model, the loss, and the Trainer around them."""
+
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import ASTConfig
+
+from ..configuration_qlung import LABELS, QLungConfig
+from ..feature_extraction_qlung import QLungFeatureExtractor
+from ..modeling_qlung import QLungForAudioClassification
+from .arguments import LOSS_OPTIONS, Arguments, MethodArguments, ModelArguments
+from .augmentation import SpecAugment, WaveformAugment
+from .losses import ClassificationLoss, MarginSchedule, build_loss
+from .sampling import WeightedEpochSampler, class_weights
+from .sharpness import SharpnessAwareStep
+from .trainer import QLungTrainer
+
+
+def build_model(args: ModelArguments, max_length: int, class_counts: list[int]) -> QLungForAudioClassification:
+    """Load the pretrained encoder, or make one from scratch, for an input of `max_length` frames."""
+    shared: dict[str, Any] = {
+        "pooling": args.pooling,
+        "head": args.head,
+        "scale": args.scale,
+        "dropout": args.dropout,
+        "class_priors": [count / sum(class_counts) for count in class_counts],
+    }
+    if args.encoder is not None:
+        return QLungForAudioClassification.from_audio_encoder(args.encoder, num_frames=max_length, **shared)
+    encoder = ASTConfig(
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=args.num_attention_heads,
+        intermediate_size=args.intermediate_size,
+        initializer_range=args.initializer_range,
+        patch_size=args.patch_size,
+        frequency_stride=args.patch_stride,
+        time_stride=args.patch_stride,
+        hidden_dropout_prob=args.hidden_dropout,
+        max_length=max_length,
+    )
+    return QLungForAudioClassification(QLungConfig(audio_config=encoder, **shared))
+
+
+def build_training_loss(
+    args: MethodArguments, scale: float, labels: list[int], counts: list[int]
+) -> ClassificationLoss:
+    """Build the loss from the options that were set for it."""
+    options = {name: getattr(args, name) for name in LOSS_OPTIONS if getattr(args, name) is not None}
+    if args.class_weight_power:
+        options["class_weights"] = class_weights(labels, len(counts), args.class_weight_power).tolist()
+    return build_loss(args.loss, counts, scale=scale, **options)
+
+
+def build_trainer(
+    train: Dataset, evaluated: Dataset | None, extractor: QLungFeatureExtractor, arguments: Arguments
+) -> QLungTrainer:
+    """Put the model, the method and the data together.
+
+    Args:
+        train: what is trained on, of `decode_cycles`, every row with a label.
+        evaluated: what is scored along the way; None for nothing.
+        extractor: fitted on `train`.
+        arguments: of `parse`.
+    """
+    _, model_args, method, training = arguments
+    labels = train["label"][:]
+    counts = np.bincount(labels, minlength=len(LABELS)).tolist()
+    model = build_model(model_args, extractor.max_length, counts)
+    model.set_attn_implementation(model_args.attention)
+    training.label_names = ["labels"]
+    sharpness = None
+    if method.sharpness != "none":
+        sharpness = SharpnessAwareStep(method.sharpness, method.rho, method.sharpness_alpha, method.sharpness_interval)
+    return QLungTrainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=evaluated,
+        loss=build_training_loss(method, model_args.scale, labels, counts),
+        feature_extractor=extractor,
+        sampler=WeightedEpochSampler(
+            labels, len(counts), method.sampling_power, training.seed, replacement=method.sampling_power > 0
+        ),
+        sharpness=sharpness,
+        spec_augment=SpecAugment(method.freq_masks, method.freq_width, method.time_masks, method.time_width),
+        waveform_augment=WaveformAugment() if method.waveform_augment else None,
+        margin_schedule=MarginSchedule(method.margin_warmup),
+        ema_decay=method.ema_decay,
+    )
