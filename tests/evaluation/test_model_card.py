@@ -89,13 +89,15 @@ def test_recipe_can_be_run_again(run):
     card = build_model_card(run)
     options, architecture = (
         yaml.safe_load(re.search(rf"{title}:\n\n```yaml\n(.*?)```", card, re.DOTALL)[1])
-        for title in ("Every option", "Model")
+        for title in ("Options that differ from the defaults", "Model")
     )
     assert options == {"learning_rate": 5.0e-05, "output_dir": "runs/a", "classes": [0, 1]}
     assert architecture["duration"] == 8.0
     assert "```bash\naccelerate launch train.py qlung-ast --seed 1\n```" in card
-    assert "seed 1, 86,189,568 parameters, fine-tuned from `MIT/ast-finetuned-audioset-10-10-0.4593`" in card
+    assert "Seed 1, 86,189,568 parameters, fine-tuned from `MIT/ast-finetuned-audioset-10-10-0.4593`" in card
     assert "torch 2.11.0, transformers 5.23.0" in card
+    assert "It follows QLung (Interspeech 2026), ablation, last row." in card
+    assert "Nothing published corresponds to it." in build_model_card(replace(run, source=None, published={}))
 
 
 def test_examples_are_python(run):

@@ -122,7 +122,7 @@ def test_both_passes_drop_the_same_units(tmp_path):
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
         gradients.append(torch.rand(1))
     for sam, plain in zip(gradients[0], gradients[2], strict=True):
-        assert (sam - plain).norm() <= 5e-3 * plain.norm()
+        assert (sam - plain).norm() <= 5e-3 * plain.norm() + 1e-3
     assert torch.equal(gradients[1], gradients[3]), "a step draws as many random numbers with SAM as without"
 
 

@@ -253,7 +253,7 @@ def test_activation_checkpointing_gives_the_same_gradients(tmp_path):
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            trainer.model.gradient_checkpointing_enable()
+            trainer.model.activation_checkpointing_enable()
         trainer.model.zero_grad()
         trainer.model.train()
         trainer.model(batch["input_values"], labels=batch["labels"]).loss.backward()
