@@ -4,6 +4,7 @@ A run reads a dataset, fits the preparation on its training cycles, trains, and 
 checkpoint in its published form, its scores and predictions, figures, a model card, and the recipe to run it again.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -43,6 +44,8 @@ from modeling_qlung.training.sampling import patient_split
 from modeling_qlung.training.trainer import QLungTrainer, last_whole_checkpoint
 
 logger = logging.getLogger("train")
+
+LOCAL = "local:"  # stands before the name of a pretrained encoder's folder in what is published
 
 # What says where, how fast and how noisily a run goes, and nothing of what comes out: it is neither compared with an
 # earlier run nor published (some of it names folders of this machine).
@@ -139,13 +142,16 @@ def run(recipe: Recipe, arguments: Arguments, seed: int, run_dir: Path) -> dict[
     set_seed(seed)
     training.seed = training.data_seed = seed
     training.output_dir = str(run_dir / "checkpoints")
-    with training.main_process_first(desc="reading the data"):
-        data = load_data(data_args, seed, QLungFeatureExtractor().sampling_rate)
-    evaluated = data.scored_along(method.select_on)
-    trainer = build_trainer(data.train, evaluated, fit_extractor(data_args, data.train), arguments)
+    try:
+        with training.main_process_first(desc="reading the data"):
+            data = load_data(data_args, seed, QLungFeatureExtractor().sampling_rate)
+        evaluated = data.scored_along(method.select_on)
+        trainer = build_trainer(data.train, evaluated, fit_extractor(data_args, data.train), arguments)
+    except (OSError, ValueError) as error:  # missing files, no network, impossible settings: their messages say it all
+        raise SystemExit(f"train.py: error: {error}") from error
     if trainer.is_world_process_zero():
         run_dir.mkdir(parents=True, exist_ok=True)
-        content = {"about": {"recipe": recipe.name, **recipe.about}, **options}
+        content = {"about": about(recipe), **options}
         write_text(run_dir / "recipe.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     with training.main_process_first(desc="looking for a checkpoint"):
         checkpoint = training.resume_from_checkpoint or last_whole_checkpoint(training.output_dir)
@@ -173,9 +179,22 @@ def run(recipe: Recipe, arguments: Arguments, seed: int, run_dir: Path) -> dict[
 def publishable(options: dict[str, Any], seed: int) -> dict[str, Any]:
     """Give the options that say what comes out of a run, without folders of this machine."""
     kept = {name: value for name, value in options.items() if name not in OF_THE_MACHINE}
-    if "encoder" in kept and Path(kept["encoder"]).is_dir():
-        del kept["encoder"]
+    folder = Path(kept.get("encoder") or "")
+    if "encoder" in kept and folder.is_dir():  # known again by its name and content
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+        digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+        kept["encoder"] = f"{LOCAL}{folder.resolve().name}-{digest[:12]}"
     return {**kept, "seed": seed}
+
+
+def about(recipe: Recipe) -> dict[str, Any]:
+    """Give what a recipe says of itself, or of what was changed in it: then it stands for no published row."""
+    changes = {name: value for name, value in recipe.changes.items() if name not in {*OF_THE_MACHINE, "seed"}}
+    if not changes:
+        return {"recipe": recipe.name, **recipe.about}
+    listed = ", ".join(f"{name} {value}" for name, value in publishable(changes, 0).items() if name != "seed")
+    description = recipe.about.get("description", "Options of its own.")
+    return {"recipe": recipe.name, "description": f"{description} Changed: {listed}."}
 
 
 def check_same_run(run_dir: Path, options: dict[str, Any]) -> None:
@@ -226,13 +245,16 @@ def describe(
     """Collect what the model card tells."""
     config, extractor = trainer.model.config, trainer.feature_extractor
     dataset = options.get("dataset", DataArguments.dataset)
+    told = about(recipe)
+    local = str(options.get("encoder", "")).startswith(LOCAL)
+    folders = [name for name, asked in (("data_dir", dataset != "simulated"), ("encoder", local)) if asked]
     training_patients = set(data.train["patient_id"][:])
     return RunDescription(
         model_name=f"QLung {recipe.name}",
         recipe=recipe.name,
-        description=recipe.about.get("description", "options of its own."),
-        source=recipe.about.get("source"),
-        published=recipe.about.get("published", {}),
+        description=told.get("description", "Options of its own."),
+        source=told.get("source"),
+        published={} if data.missing else told.get("published", {}),
         options=options,
         dataset=dataset,
         counts={name: count_classes(part) for name, part in {"train": data.train, **data.held_out}.items()},
@@ -241,7 +263,7 @@ def describe(
         },
         metrics=metrics,
         selection=method.select_on if method.select_on in ("validation", "last") else "test",
-        command="accelerate launch train.py recipe.yaml" + ("" if dataset == "simulated" else " --data_dir FOLDER"),
+        command=" ".join(["accelerate launch train.py recipe.yaml", *(f"--{name} FOLDER" for name in folders)]),
         versions={
             "qlung": modeling_qlung.__version__,
             **{name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "numpy", "soxr")},
@@ -262,7 +284,8 @@ def describe(
         if trainer.loss.uses_quality
         else None,
         missing=data.missing,
-        base_model=options.get("encoder"),
+        base_model=None if local else options.get("encoder"),
+        local_weights=options["encoder"].removeprefix(LOCAL) if local else None,
     )
 
 

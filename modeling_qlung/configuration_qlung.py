@@ -82,7 +82,10 @@ class QLungConfig(PreTrainedConfig):
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1).")
         if self.class_priors is not None:
             if len(self.class_priors) != self.num_labels:
-                raise ValueError(f"class_priors has {len(self.class_priors)} values for {self.num_labels} labels.")
+                raise ValueError(
+                    f"class_priors has {len(self.class_priors)} values for {self.num_labels} labels: give as many, or "
+                    "class_priors=None."
+                )
             if min(self.class_priors) < 0 or not math.isclose(sum(self.class_priors), 1.0, abs_tol=1e-3):
                 raise ValueError(f"class_priors are {self.class_priors}; they must be shares that add up to 1.")
 

@@ -198,6 +198,8 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         return quality_score(entropy, rms, self.quality_normalization, self.quality_statistics)
 
     def _validated(self, waveform, index: int) -> torch.Tensor:
+        if isinstance(waveform, (str, bytes)) or waveform is None:
+            raise ValueError(f"Waveform {index} is {waveform!r:.60}: read the file first, and give its samples.")
         waveform = torch.as_tensor(np.asarray(waveform) if isinstance(waveform, (list, tuple)) else waveform)
         if waveform.ndim != 1:
             raise ValueError(
@@ -253,7 +255,7 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
 
 def _as_batch(raw_speech) -> list:
     """Make a list of waveforms from one waveform or a list of them."""
-    if isinstance(raw_speech, (np.ndarray, torch.Tensor)):
+    if isinstance(raw_speech, (np.ndarray, torch.Tensor, str, bytes)):
         return [raw_speech]
     if len(raw_speech) == 0:
         raise ValueError("The waveform is empty: it must hold at least one sample.")

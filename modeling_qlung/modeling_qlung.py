@@ -101,10 +101,7 @@ class QLungPreTrainedModel(PreTrainedModel):
         Trainer reloads the best checkpoint and resumes by the file's key names as they are; in Transformers' original
         format AST's differ, and most weights would silently stay as they were.
         """
-        own = {name: f"modeling_qlung.{cls.__name__}" for name, cls in AUTO_CLASSES.items() if isinstance(self, cls)}
-        if isinstance(self, QLungForAudioClassification):
-            own["AutoModel"] = f"modeling_qlung.{QLungModel.__name__}"
-        self.config.auto_map = own
+        self.config.auto_map = {name: f"modeling_qlung.{cls.__name__}" for name, cls in AUTO_CLASSES.items()}
         return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
     @classmethod
@@ -132,6 +129,8 @@ class QLungPreTrainedModel(PreTrainedModel):
         except OSError as error:
             if os.path.isdir(pretrained_model_name_or_path):
                 raise
+            if os.path.isabs(pretrained_model_name_or_path) or pretrained_model_name_or_path.startswith((".", "~")):
+                raise OSError(f"There is no folder {pretrained_model_name_or_path}.") from error
             raise OSError(
                 f"The weights {pretrained_model_name_or_path!r} are no local folder and could not be downloaded. "
                 f"With a network: hf download {pretrained_model_name_or_path} --local-dir ast, then give the folder "
@@ -182,6 +181,8 @@ def cut_position_grid(positions: torch.Tensor, source, target) -> torch.Tensor:
 
 class QLungModel(QLungPreTrainedModel):
     """The encoder and its pooled embedding."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^head\."]  # noqa: RUF012 - a classifier's checkpoint is opened as well
 
     def __init__(self, config: QLungConfig):
         super().__init__(config)

@@ -130,6 +130,7 @@ def test_a_batch_computed_at_once_equals_one_at_a_time():
         (np.zeros((2, 100), np.float32), 16000, r"shape \(2, 100\).*average the channels"),
         ([noise(10), np.zeros((100, 2), np.float32)], 16000, r"Waveform 1 has shape \(100, 2\)"),
         (np.zeros(100, np.int16), 16000, "int16.*float"),
+        ("cycle.wav", 16000, r"Waveform 0 is 'cycle\.wav': read the file first"),
     ],
 )
 def test_wrong_input_is_named(waveform, rate, message):

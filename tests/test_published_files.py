@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForAudioClassification
 
 from modeling_qlung import QLungConfig, QLungFeatureExtractor, QLungForAudioClassification, QLungModel
 
@@ -106,10 +107,14 @@ def test_the_folder_names_every_auto_class_and_carries_safetensors_only(checkpoi
     assert names == code | {"config.json", "preprocessor_config.json", "model.safetensors"}
 
 
-def test_a_saved_base_model_does_not_promise_a_classifier(tmp_path):
-    QLungModel(QLungConfig(audio_config=ENCODER)).save_pretrained(tmp_path)
+def test_a_saved_base_model_opens_as_a_classifier_with_a_new_head(tmp_path):
+    base = QLungModel(QLungConfig(audio_config=ENCODER))
+    base.save_pretrained(tmp_path)
+    loaded, info = AutoModelForAudioClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"head.weight"}
+    assert torch.equal(loaded.qlung.encoder.embeddings.position_embeddings, base.encoder.embeddings.position_embeddings)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert auto_map.keys() == {"AutoConfig", "AutoModel"}
+    assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoModelForAudioClassification"}
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)

@@ -93,6 +93,7 @@ def test_the_card_tells_what_was_done(two_seeds):
     assert card.data.eval_results
     for part in (
         "`quickstart`: QLung's loss and head on simulated lung sounds",
+        "Changed: duration 1.0, ema_decay 0.9, hidden_size 16",
         "sharpness: sam",
         "Seed 2",
         "validation patients, none of whom is in the training part",
@@ -170,6 +171,18 @@ def test_killed_and_resumed_ends_in_the_same_weights(shared_cache, tmp_path):
 
 
 @pytest.mark.slow
+def test_sharpness_under_fsdp_is_refused(shared_cache, tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "train.py"), "quickstart", *TINY, "--max_steps=1", "--sharpness=sam", "--use_cpu=true",
+         "--fsdp=full_shard", "--ddp_backend=gloo", f"--cache_dir={shared_cache}", f"--output_dir={tmp_path / 'run'}"],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "FSDP shards them: use DDP, or set --sharpness none" in done.stderr
+
+
+@pytest.mark.slow
 def test_two_processes_predict_every_cycle_once(shared_cache, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
@@ -239,6 +252,8 @@ def test_the_papers_recipes_take_real_steps(recipe, real_icbhi, shared_cache, tm
     assert "| test | 1 |" in output
     card = (tmp_path / "run" / "README.md").read_text()
     assert "864 of 920 recordings lack their audio" in card
+    assert "fine-tuned from `ast-" in card
+    assert "Published in" not in card, "scores of another training set stand beside nothing published"
     assert "| train | 227 | 133 | 65 | 17 | 442 |" in card, "without validation patients all of the part is trained on"
     assert ("**The epoch was chosen on the TEST part" in card) == (selection == "test")
     assert len(pd.read_parquet(tmp_path / "run" / "predictions.parquet").query("split == 'test'")) == 91
@@ -266,6 +281,9 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
     for options, message in (
         (["no-such-recipe"], "There is no recipe 'no-such-recipe'. Choose one of"),
         (["quickstart", "--validation_fraction=0"], "--select_on validation needs validation patients"),
+        (["quickstart", "--rho=0.1"], "--rho changes nothing without --sharpness"),
+        (["quickstart", "--ema_decay=1.5"], "--ema_decay is 1.5; it must be in [0, 1)"),
+        (["quickstart", "--simulated_patients=2", "--encoder=/nowhere/ast"], "There is no folder /nowhere/ast"),
         (["sprsound-small", f"--data_dir={tmp_path}"], "BioCAS2022"),
     ):
         process = start(tmp_path / "cache", *options, f"--output_dir={tmp_path / 'run'}")

@@ -33,7 +33,8 @@ class RunDescription:
         quality: how recording quality was normalised, with the fitted statistics; None where the run did not use it.
         missing: what of the dataset was not there, None where it was complete.
         published: {score: value in percent} of the source's row, empty where nothing was published.
-        base_model: Hub id of the pretrained weights, None when trained from scratch.
+        base_model: Hub id of the pretrained weights, None when they came from elsewhere.
+        local_weights: name and digest of pretrained weights that came from a folder.
         shared_patients: {split: number of its patients who are also in the training part}.
         figures: {caption: file name beside the card}.
         repo_id: Hub id or folder, for the examples.
@@ -57,6 +58,7 @@ class RunDescription:
     missing: str | None = None
     published: Mapping[str, float | str] = field(default_factory=dict)
     base_model: str | None = None
+    local_weights: str | None = None
     shared_patients: Mapping[str, int] = field(default_factory=dict)
     figures: Mapping[str, str] = field(default_factory=dict)
     repo_id: str = "path/to/this/folder"
@@ -105,6 +107,8 @@ _SELECTION = {
     "test": "**The epoch was chosen on the TEST part, as most published numbers were. These scores are optimistic, and "
     "comparable only with numbers chosen the same way.**",
 }
+
+_FEW_PATIENTS = 10  # a percentile bootstrap over fewer clusters undercovers
 
 _CITATION = """\
 @inproceedings{kim2026qlung,
@@ -236,6 +240,10 @@ def _split_scores(split: str, scores: Mapping[str, Any], shared_patients: int) -
     ]
     tables = ["\n".join(["| measure | % | 95 % interval |", "|---|---:|---:|", *rows])]
     tables.append("\n".join(["| class | cycles | recall % |", "|---|---:|---:|", *classes]))
+    if scores["patients"] < _FEW_PATIENTS:
+        tables.append(
+            f"Fewer than {_FEW_PATIENTS} patients: the intervals are too narrow, or undefined (–). Do not rely on them."
+        )
     if shared_patients:
         tables.append(
             f"**{shared_patients:,} of these {_plural(scores['patients'], 'patient')} are in the training part too**, "
@@ -269,7 +277,8 @@ def _training_data(run: RunDescription) -> str:
 def _recipe(run: RunDescription) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     follows = f"It follows {run.source}." if run.source else "Nothing published corresponds to it."
-    start = f"fine-tuned from `{run.base_model}`" if run.base_model else "trained from scratch"
+    origin = run.base_model or run.local_weights
+    start = f"fine-tuned from `{origin}`" if origin else "trained from scratch"
     return (
         f"`{run.recipe}`: {run.description} {follows} Seed {run.seed}, {run.num_parameters:,} parameters, {start}. "
         f"To run it again:\n\n```bash\n{run.command}\n```\n\nModel:\n\n{_yaml_block(run.architecture)}\n\n"

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from .losses import LOSSES
+from .sharpness import SharpnessAwareStep
 
 RECIPES = Path(__file__).parent / "recipes"
 LOSS_OPTIONS = (
@@ -170,11 +171,13 @@ class Recipe:
         name: of the recipe's file.
         about: what the recipe says of itself: `description`, `source`, `published` scores, `unknown`.
         options: every option that differs from its default.
+        changes: options that the command line set to something else than the recipe.
     """
 
     name: str
     about: dict[str, Any]
     options: dict[str, Any]
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
 def recipe_names() -> list[str]:
@@ -221,15 +224,19 @@ def parse(argv: list[str]) -> tuple[Recipe, Arguments]:
     _check_numbers(parser, recipe)
     typed = argv[1:] if named else argv
     *defaults, _ = parser.parse_args_into_dataclasses([], return_remaining_strings=True, look_for_args_file=False)
-    words = [f"--output_dir=runs/{recipe.name}", *_as_words(recipe.options), *typed]
+    folder = recipe.name if recipe.name in recipe_names() and not Path(argv[0] if named else "").is_file() else "again"
+    words = [f"--output_dir=runs/{folder}", *_as_words(recipe.options), *typed]
     *groups, rest = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     if rest:
         parser.error(f"unknown arguments {' '.join(rest)}; `train.py --help` lists them all")
     arguments = cast(Arguments, tuple(groups))
+    given = {word[2:].split("=")[0].replace("-", "_") for word in typed if word.startswith("--")}
     try:
-        _settle_loss(arguments, {word.removeprefix("--").split("=")[0].replace("-", "_") for word in typed})
-        before = _values(defaults)
-        recipe.options = {name: value for name, value in _values(groups).items() if value != before[name]}
+        _settle_loss(arguments, given)
+        _settle_sharpness(arguments, given)
+        before, after = _values(defaults), _values(groups)
+        recipe.changes = {name: after[name] for name in sorted(given) if after.get(name) != recipe.options.get(name)}
+        recipe.options = {name: value for name, value in after.items() if value != before[name]}
         _settle_selection(arguments)
     except ValueError as error:
         parser.error(str(error))
@@ -263,6 +270,17 @@ def _check_numbers(parser: HfArgumentParser, recipe: Recipe) -> None:
             )
 
 
+def _settle_sharpness(arguments: Arguments, typed: set[str]) -> None:
+    """Check the settings of sharpness-aware steps and averaging before any data is read."""
+    method = arguments[2]
+    if method.sharpness != "none":
+        SharpnessAwareStep(method.sharpness, method.rho, method.sharpness_alpha, method.sharpness_interval)
+    elif unused := sorted(typed & {"rho", "sharpness_alpha", "sharpness_interval"}):
+        raise ValueError(f"--{unused[0]} changes nothing without --sharpness")
+    if method.ema_decay is not None and not 0 <= method.ema_decay < 1:
+        raise ValueError(f"--ema_decay is {method.ema_decay}; it must be in [0, 1)")
+
+
 def _settle_loss(arguments: Arguments, typed: set[str]) -> None:
     """Leave out what a recipe sets for another loss than the one chosen; refuse it where it was typed."""
     _, model, method, _ = arguments
@@ -285,10 +303,14 @@ def _settle_selection(arguments: Arguments) -> None:
     data, _, method, training = arguments
     if method.seeds is not None and len(set(method.seeds)) < len(method.seeds):
         raise ValueError(f"--seeds {' '.join(map(str, method.seeds))} names a seed twice")
+    if (arguments[1].encoder or "").startswith("local:"):
+        raise ValueError(f"this run started from weights in a folder, {arguments[1].encoder}: give it as --encoder")
     if data.validation_fraction is None:
         data.validation_fraction = 0.2 if method.select_on == "validation" else 0.0
     if method.select_on == "validation" and data.validation_fraction == 0:
         raise ValueError("--select_on validation needs validation patients: set --validation_fraction above 0")
+    if not 0 <= data.validation_fraction < 1:
+        raise ValueError(f"--validation_fraction is {data.validation_fraction}; it must be in [0, 1)")
     if training.save_only_model:
         raise ValueError("--save_only_model leaves out what a killed run needs to continue")
     if method.select_on == "last":

@@ -81,11 +81,13 @@ class QLungTrainer(Trainer):
             compute_metrics=compute_scores,
             **kwargs,
         )
-        if (sharpness is not None or ema_decay is not None) and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        # Asked for on the command line, or set up by `accelerate config`; without an accelerator only the former tells.
+        sharded = {"FSDP": args.fsdp or self.is_fsdp_enabled, "DeepSpeed": args.deepspeed or self.is_deepspeed_enabled}
+        if any(sharded.values()) and (sharpness is not None or ema_decay is not None):
             raise ValueError(
                 "Sharpness-aware training and averaged weights need every parameter whole on each device, and "
-                f"{'FSDP' if self.is_fsdp_enabled else 'DeepSpeed'} shards them: use DDP, or set --sharpness none and "
-                "leave --ema_decay out."
+                f"{' and '.join(name for name, used in sharded.items() if used)} shards them: use DDP, or set "
+                "--sharpness none and leave --ema_decay out."
             )
         self.loss = loss.to(self.args.device)
         self.feature_extractor = feature_extractor

@@ -125,6 +125,9 @@ def test_optional_parts_are_left_out(run):
     assert "![Confusion](confusion.png)" in build_model_card(full)
     assert "normalization: percentile" in build_model_card(full)
     card = build_model_card(bare)
+    assert "Do not rely on them" not in card
+    few = replace(run, metrics={"test": {**SCORES, "patients": 9}})
+    assert "Fewer than 10 patients" in build_model_card(few)
     assert "in the training part too" not in card
     assert "Published in" not in card
     assert "This run did not use recording quality." in card
