@@ -209,8 +209,9 @@ def test_quickstart_learns(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     scores = json.loads((tmp_path / "run" / "metrics.json").read_text())["test"]
     print(f"quickstart: {time.monotonic() - begin:.0f} s, score (4-class) {scores['score_4class']:.1f}")
-    assert scores["score_4class"] > 60
-    assert scores["sensitivity_4class"] > 40
+    # Always answering "normal" scores 50, with no sensitivity.
+    assert scores["score_4class"] > 58
+    assert scores["sensitivity_4class"] > 35
 
 
 def test_a_cpu_is_used_whole_under_a_launcher(monkeypatch):
