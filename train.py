@@ -148,7 +148,8 @@ def run(recipe: Recipe, arguments: Arguments, seed: int, run_dir: Path) -> dict[
         evaluated = data.scored_along(method.select_on)
         trainer = build_trainer(data.train, evaluated, fit_extractor(data_args, data.train), arguments)
     except (OSError, ValueError) as error:  # missing files, no network, impossible settings: their messages say it all
-        raise SystemExit(f"train.py: error: {error}") from error
+        message = str(error).replace("allow_missing_audio=True", "--allow_missing_audio true")
+        raise SystemExit(f"train.py: error: {message}") from error
     if trainer.is_world_process_zero():
         run_dir.mkdir(parents=True, exist_ok=True)
         content = {"about": about(recipe), **options}

@@ -285,7 +285,7 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
         (["quickstart", "--rho=0.1"], "--rho changes nothing without --sharpness"),
         (["quickstart", "--ema_decay=1.5"], "--ema_decay is 1.5; it must be in [0, 1)"),
         (["quickstart", "--simulated_patients=2", "--encoder=/nowhere/ast"], "There is no folder /nowhere/ast"),
-        (["sprsound-small", f"--data_dir={tmp_path}"], "BioCAS2022"),
+        (["sprsound-small", f"--data_dir={tmp_path}"], "give the folder that holds BioCAS2022 as data_dir"),
     ):
         process = start(tmp_path / "cache", *options, f"--output_dir={tmp_path / 'run'}")
         _, errors = process.communicate(timeout=300)
