@@ -7,6 +7,7 @@ The tables carry audio as bytes, which needs no torchcodec: `datasets` asks for 
 and sounds made in other modules.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -32,7 +33,7 @@ class LungSoundConfig(datasets.BuilderConfig):
     allow_missing_audio: bool = False
 
 
-class LungSoundBuilder(datasets.ArrowBasedBuilder):
+class LungSoundBuilder(datasets.ArrowBasedBuilder, ABC):
     """Base of the builders. Config `cycles` has one row per cycle or event, `recordings` one per recording.
 
     Columns of both: `audio` (WAV bytes at the original rate and bit depth), `recording_id`, `patient_id`, `location`,
@@ -65,9 +66,9 @@ class LungSoundBuilder(datasets.ArrowBasedBuilder):
             **options,
         )
 
+    @abstractmethod
     def read(self, settings: Any, cache_dir: str | None) -> dict[str, list[Recording]]:
         """Recordings of each split; those that lack their audio or annotation have `audio` None."""
-        raise NotImplementedError
 
     def wav(self, recording: Recording) -> Wav:
         """The recording's samples."""

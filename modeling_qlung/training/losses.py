@@ -6,6 +6,7 @@ argmax of the model's own logits: margins and priors exist during training only.
 
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class ClassificationLoss(nn.Module):
+class ClassificationLoss(nn.Module, ABC):
     """The call shape that every loss here shares. Subclasses implement `compute`.
 
     `margin_factor` multiplies the margins of those losses that have one; a [`MarginSchedule`] gives its value.
@@ -58,6 +59,7 @@ class ClassificationLoss(nn.Module):
         with torch.autocast(cosines.device.type, enabled=False):
             return self.compute(_widen(cosines), labels, quality, logits, norms)
 
+    @abstractmethod
     def compute(
         self,
         cosines: torch.Tensor,
@@ -67,7 +69,6 @@ class ClassificationLoss(nn.Module):
         norms: torch.Tensor | None,
     ) -> torch.Tensor:
         """`forward` on checked inputs of at least float32."""
-        raise NotImplementedError
 
 
 def _widen(values: torch.Tensor) -> torch.Tensor:
