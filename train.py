@@ -41,7 +41,7 @@ from modeling_qlung.training.arguments import Arguments, DataArguments, MethodAr
 from modeling_qlung.training.build import build_trainer
 from modeling_qlung.training.data import CycleCollator, decode_cycles, fit_normalization, fit_quality
 from modeling_qlung.training.sampling import patient_split
-from modeling_qlung.training.trainer import QLungTrainer, last_whole_checkpoint
+from modeling_qlung.training.trainer import QLungTrainer, last_whole_checkpoint, leave_process_group
 
 logger = logging.getLogger("train")
 
@@ -338,3 +338,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    leave_process_group()

@@ -1,6 +1,7 @@
 """A Transformers Trainer with QLung's losses, sharpness-aware steps, class-balanced sampling and weight averaging."""
 
 import contextlib
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -220,3 +221,15 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
             continue
         return checkpoint
     return None
+
+
+def leave_process_group() -> None:
+    """
+    End this process's part of the group, and the group's threads, where there is one.
+
+    A thread of gloo that drops a tensor while the interpreter shuts down aborts the process. The group ends only when
+    the wrapped models that hold it are collected.
+    """
+    gc.collect()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -9,6 +9,7 @@ import torch
 
 from modeling_qlung.training.losses import AdaFaceLoss
 from modeling_qlung.training.sharpness import SharpnessAwareStep
+from modeling_qlung.training.trainer import leave_process_group
 from tests.training.small_training import batches, cycles, gradient_at, make_trainer, mean, train_by_hand
 from tests.training.test_sharpness import ALPHA, LOSS, RHO, rule
 from tests.training.test_trainer import StopAt, last_whole_checkpoint
@@ -112,4 +113,5 @@ if __name__ == "__main__":
     check_evaluation(root / "evaluation")
     check_resuming(root)
     check_random_numbers(root / "random")
+    leave_process_group()
     print("every check passed")
