@@ -1,7 +1,7 @@
 """QLung: respiratory-sound classification with angular margins and sharpness-aware training.
 
-This package's four top modules are what a checkpoint carries on the Hub; `training`, `inference` and `evaluation` are
-what a trainer, an application and a researcher need beside them.
+This package's top modules are what a checkpoint carries on the Hub; `training`, `inference` and `evaluation` are what a
+trainer, an application and a researcher need beside them.
 """
 
 import importlib.util

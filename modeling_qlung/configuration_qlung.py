@@ -1,12 +1,12 @@
-"""Configuration of QLung models: an audio encoder, a pooling and a classification head."""
+"""Configuration of QLung models: an audio encoder (AST or CLAP's audio tower), a pooling and a classification head."""
 
 import math
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 LABELS = ("normal", "crackle", "wheeze", "both")
-POOLINGS = ("cls_dist", "mean")
-ENCODER = "audio-spectrogram-transformer"
+AST, CLAP = "audio-spectrogram-transformer", "clap_audio_model"
+POOLINGS = {AST: ("cls_dist", "mean"), CLAP: ("mean",)}  # of each encoder, the first is the default
 HEADS = ("angular", "linear")
 
 
@@ -18,11 +18,12 @@ class QLungConfig(PreTrainedConfig):
 
     Args:
         audio_config (`dict` or `PreTrainedConfig`, *optional*):
-            Configuration of the encoder, an Audio Spectrogram Transformer. Defaults to AST base for 8 s of audio
-            (798 frames of 128 mel bands).
-        pooling (`str`, *optional*, defaults to `"cls_dist"`):
-            `"cls_dist"`: the mean of AST's class and distillation tokens (Gong et al. 2021);
-            `"mean"`: the mean over all tokens (SAM-AST, arXiv 2512.22564).
+            Configuration of the encoder: an Audio Spectrogram Transformer (`ASTConfig`) or CLAP's audio tower, HTSAT,
+            without feature fusion (`ClapAudioConfig`). Defaults to AST base for 8 s of audio (798 frames of 128 mel
+            bands).
+        pooling (`str`, *optional*):
+            `"cls_dist"`, AST's default: the mean of its class and distillation tokens (Gong et al. 2021); `"mean"`: the
+            mean over all tokens (SAM-AST, arXiv 2512.22564), the only one of CLAP, which has no such tokens.
         head (`str`, *optional*, defaults to `"angular"`):
             `"angular"`: logits are `scale` times the cosines between embedding and class weights
             (QLung, arXiv 2606.11915); `"linear"`: an affine map.
@@ -34,7 +35,8 @@ class QLungConfig(PreTrainedConfig):
             Share of each class in the training set, in label order; informative at inference.
 
     Raises:
-        ValueError: for an unknown pooling or head, or a value out of range.
+        ValueError: for an unknown encoder, pooling or head, a CLAP tower with feature fusion or of contradictory
+            widths, or a value out of range.
     """
 
     model_type = "qlung"
@@ -44,7 +46,7 @@ class QLungConfig(PreTrainedConfig):
     def __init__(
         self,
         audio_config: dict | PreTrainedConfig | None = None,
-        pooling: str = "cls_dist",
+        pooling: str | None = None,
         head: str = "angular",
         scale: float = 37.0,
         dropout: float = 0.0,
@@ -55,10 +57,11 @@ class QLungConfig(PreTrainedConfig):
             audio_config = {"max_length": 798}
         if isinstance(audio_config, dict):
             audio_config = dict(audio_config)
-            model_type = audio_config.pop("model_type", ENCODER)
+            model_type = audio_config.pop("model_type", AST)
             audio_config = CONFIG_MAPPING[model_type](**audio_config)
         self.audio_config: PreTrainedConfig = audio_config
-        self.pooling = pooling
+        self._validate_encoder()
+        self.pooling = pooling or self.poolings[0]
         self.head = head
         self.scale = scale
         self.dropout = dropout
@@ -69,11 +72,29 @@ class QLungConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         self._validate()
 
+    def _validate_encoder(self) -> None:
+        encoder = self.audio_config
+        if encoder.model_type not in POOLINGS:
+            raise ValueError(
+                f"audio_config is a {encoder.model_type}; the encoder must be one of {', '.join(POOLINGS)}."
+            )
+        if encoder.model_type == CLAP:
+            if encoder.enable_fusion:
+                raise ValueError(
+                    "audio_config has enable_fusion=True, which wants four crops of a longer recording: take a tower "
+                    "without feature fusion, such as laion/clap-htsat-unfused's."
+                )
+            width = encoder.patch_embeds_hidden_size * 2 ** (len(encoder.depths) - 1)
+            if encoder.hidden_size != width:
+                raise ValueError(
+                    f"audio_config has hidden_size {encoder.hidden_size}, but its last stage is {width} wide: "
+                    "patch_embeds_hidden_size, doubled at every stage but the first."
+                )
+
     def _validate(self) -> None:
-        if self.audio_config.model_type != ENCODER:
-            raise ValueError(f"audio_config is a {self.audio_config.model_type}; the encoder must be {ENCODER}.")
-        if self.pooling not in POOLINGS:
-            raise ValueError(f"pooling is {self.pooling!r}; choose one of {', '.join(POOLINGS)}.")
+        if self.pooling not in self.poolings:
+            encoder, poolings = self.audio_config.model_type, ", ".join(self.poolings)
+            raise ValueError(f"pooling is {self.pooling!r}; for {encoder} choose one of {poolings}.")
         if self.head not in HEADS:
             raise ValueError(f"head is {self.head!r}; choose one of {', '.join(HEADS)}.")
         if not self.scale > 0:
@@ -90,9 +111,21 @@ class QLungConfig(PreTrainedConfig):
                 raise ValueError(f"class_priors are {self.class_priors}; they must be shares that add up to 1.")
 
     @property
+    def poolings(self) -> tuple[str, ...]:
+        """What `pooling` may be for this encoder, its default first."""
+        return POOLINGS[self.audio_config.model_type]
+
+    @property
     def hidden_size(self) -> int:
         """Width of the pooled embedding."""
         return self.audio_config.hidden_size
+
+    @property
+    def max_frames(self) -> int:
+        """Longest input. AST takes no other length; CLAP stretches a shorter one in time to its grid."""
+        if self.audio_config.model_type == AST:
+            return self.audio_config.max_length
+        return self.audio_config.spec_size * (self.audio_config.spec_size // self.audio_config.num_mel_bins)
 
 
 QLungConfig.register_for_auto_class()

@@ -1,6 +1,5 @@
-"""Feature extractor of QLung: waveforms at 16 kHz to normalised Kaldi log-mel filterbanks of one fixed length."""
+"""Feature extractor of QLung: waveforms of any length to normalised log-mel filterbanks of one fixed length."""
 
-import functools
 import math
 
 import numpy as np
@@ -8,83 +7,44 @@ import torch
 from transformers import BatchFeature, SequenceFeatureExtractor
 from transformers.utils import logging
 
+from .filterbank_qlung import FRONT_ENDS, ClapFilterbank, KaldiFilterbank
 from .quality_qlung import NORMALIZATIONS, entropy_and_rms, quality_score
 
 logger = logging.get_logger(__name__)
 
-PADDINGS = ("cyclic", "zero")
-FRAME_LENGTH_S, FRAME_SHIFT_S = 0.025, 0.010
-PREEMPHASIS = 0.97
-LOW_HZ = 20.0
-
-
-def _mel(hertz):
-    return 1127.0 * np.log1p(np.asarray(hertz, dtype=np.float64) / 700.0)
-
-
-@functools.lru_cache(maxsize=16)
-def _mel_filters(num_mel_bins: int, sampling_rate: int, fft_length: int, device: torch.device) -> torch.Tensor:
-    """Kaldi's triangles, equally spaced in mel from 20 Hz to Nyquist: (fft_length / 2 + 1, num_mel_bins)."""
-    edges = np.linspace(_mel(LOW_HZ), _mel(sampling_rate / 2), num_mel_bins + 2)
-    bins = _mel(np.arange(fft_length // 2 + 1) * sampling_rate / fft_length)[:, None]
-    rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
-    return torch.tensor(np.maximum(0.0, np.minimum(rising, falling)), dtype=torch.float32, device=device)
-
-
-@functools.lru_cache(maxsize=16)
-def _window(length: int, device: torch.device) -> torch.Tensor:
-    return torch.hann_window(length, periodic=False, device=device)
-
-
-def log_mel_filterbank(waveforms: torch.Tensor, sampling_rate: int = 16000, num_mel_bins: int = 128) -> torch.Tensor:
-    """Compute Kaldi's log-mel filterbank, batched and on the waveforms' device.
-
-    Frames of 25 ms every 10 ms that fit whole into the signal; per frame: mean removed, pre-emphasis 0.97, symmetric
-    Hann window, power spectrum, 20 Hz to Nyquist, natural logarithm floored at float32's epsilon. No dither.
-
-    Args:
-        waveforms: shape (batch, samples), float32.
-        sampling_rate: in Hz.
-        num_mel_bins: number of mel bands.
-
-    Returns:
-        Shape (batch, 1 + (samples - frame) // hop, num_mel_bins).
-    """
-    length, hop = int(FRAME_LENGTH_S * sampling_rate), int(FRAME_SHIFT_S * sampling_rate)
-    fft_length = 2 ** math.ceil(math.log2(length))
-    frames = waveforms.unfold(-1, length, hop)
-    frames = frames - frames.mean(dim=-1, keepdim=True)
-    previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)  # Kaldi repeats each frame's first sample
-    frames = torch.sub(frames, previous, alpha=PREEMPHASIS) * _window(length, waveforms.device)
-    spectrum = torch.view_as_real(torch.fft.rfft(frames, n=fft_length))
-    power = spectrum.square().sum(dim=-1)
-    mel = power @ _mel_filters(num_mel_bins, sampling_rate, fft_length, waveforms.device)
-    return mel.clamp_min_(torch.finfo(torch.float32).eps).log_()
+PADDINGS = ("cyclic", "zero", "zero_centered")
 
 
 class QLungFeatureExtractor(SequenceFeatureExtractor):
     r"""
-    Turns respiratory cycles of any length into the fixed-size input of a QLung model: cut or pad to `duration`, Kaldi
-    log-mel filterbank, `(x - mean) / (2 * std)`.
+    Turns respiratory cycles of any length into the fixed-size input of a QLung model: cut or pad to `duration`, log-mel
+    filterbank of the encoder's front end, `(x - mean) / (2 * std)`.
 
-    A waveform longer than `duration` is cut. A shorter one is repeated (`padding="cyclic"`) or followed by silence
-    (`"zero"`), and the last `fade_out` seconds of the padded clip fade linearly to zero, as in the Patch-Mix
-    preparation (Bae et al. 2023); the cycle's own start is faded only if `fade_in` asks for it.
+    A waveform longer than `duration` is cut. A shorter one is repeated (`padding="cyclic"`) or put into silence
+    (`"zero"`, `"zero_centered"`), and the last `fade_out` seconds of the padded clip fade linearly to zero, as in the
+    Patch-Mix preparation (Bae et al. 2023); the cycle's own start is faded only if `fade_in` asks for it.
 
     Args:
-        feature_size (`int`, *optional*, defaults to 128): number of mel bands.
-        sampling_rate (`int`, *optional*, defaults to 16000): rate of the waveforms, in Hz.
+        feature_size (`int`, *optional*): number of mel bands. Defaults to the front end's (128; 64 for CLAP).
+        sampling_rate (`int`, *optional*):
+            Rate of the waveforms, in Hz. Defaults to the front end's (16000; 48000 for CLAP, which takes no other).
         padding_value (`float`, *optional*, defaults to 0.0): unused here, kept by Transformers.
-        duration (`float`, *optional*, defaults to 8.0): length of the padded clip, in seconds.
+        front_end (`str`, *optional*, defaults to `"kaldi"`):
+            `"kaldi"` for an AST, `"clap"` for CLAP's audio tower: see [`KaldiFilterbank`] and [`ClapFilterbank`].
+        duration (`float`, *optional*, defaults to 8.0):
+            Length of the padded clip, in seconds. CLAP was trained on 10 s (1,001 frames), takes up to 10.23 s, and
+            stretches what is shorter in time to its grid of 1,024 frames.
         num_frames (`int`, *optional*):
-            Number of frames given out. Defaults to what `duration` holds (798 for 8 s). Further frames are zero before
-            normalisation, as in SAM-AST's 1024.
-        padding (`str`, *optional*, defaults to `"cyclic"`): `"cyclic"` or `"zero"`.
+            Number of frames given out. Defaults to what `duration` holds (798 for 8 s; 801 for CLAP). Kaldi's front end
+            makes further frames zero before normalisation, as in SAM-AST's 1024; in CLAP's decibels zero is loud, and
+            they are refused.
+        padding (`str`, *optional*, defaults to `"cyclic"`):
+            `"cyclic"`, `"zero"`, or `"zero_centered"`: as much silence before the waveform as after it.
         fade_in (`float`, *optional*, defaults to 0.0): linear fade at the clip's start, in seconds.
         fade_out (`float`, *optional*, defaults to 0.0625): linear fade at a padded clip's end, in seconds.
-        mean (`float`, *optional*, defaults to -4.2677393): subtracted from the log-mel values (AudioSet's, from AST).
-        std (`float`, *optional*, defaults to 4.5689974): half of what they are then divided by.
+        mean (`float`, *optional*):
+            Subtracted from the log-mel values. Defaults to the front end's (AudioSet's -4.2677393; 0 for CLAP).
+        std (`float`, *optional*): half of what they are then divided by. Defaults to 4.5689974; 0.5 for CLAP.
         quality_normalization (`str`, *optional*, defaults to `"raw"`):
             How spectral entropy and RMS are normalised in the quality score: `raw`, `minmax`, `percentile`, `zscore`.
         quality_statistics (`dict`, *optional*): what `fit_statistics` of `quality_qlung` gave on the training set.
@@ -94,37 +54,53 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
 
     def __init__(
         self,
-        feature_size: int = 128,
-        sampling_rate: int = 16000,
+        feature_size: int | None = None,
+        sampling_rate: int | None = None,
         padding_value: float = 0.0,
+        front_end: str = "kaldi",
         duration: float = 8.0,
         num_frames: int | None = None,
         padding: str = "cyclic",
         fade_in: float = 0.0,
         fade_out: float = 0.0625,
-        mean: float = -4.2677393,
-        std: float = 4.5689974,
+        mean: float | None = None,
+        std: float | None = None,
         quality_normalization: str = "raw",
         quality_statistics: dict[str, list[float]] | None = None,
         **kwargs,
     ):
+        if front_end not in FRONT_ENDS:
+            raise ValueError(f"front_end is {front_end!r}; choose one of {', '.join(FRONT_ENDS)}.")
+        default = FRONT_ENDS[front_end]
         kwargs["return_attention_mask"] = False
-        super().__init__(feature_size=feature_size, sampling_rate=sampling_rate, padding_value=padding_value, **kwargs)
+        super().__init__(
+            feature_size=feature_size or default.num_mel_bins,
+            sampling_rate=sampling_rate or default.sampling_rate,
+            padding_value=padding_value,
+            **kwargs,
+        )
+        mean, std = (default.mean if mean is None else mean), (default.std if std is None else std)
+        self.front_end = front_end
+        self.duration = duration
+        frame_length = self.filterbank.frame_length
         if padding not in PADDINGS:
             raise ValueError(f"padding is {padding!r}; choose one of {', '.join(PADDINGS)}.")
-        if duration < FRAME_LENGTH_S:
-            raise ValueError(f"duration is {duration} s; it must hold one frame of {FRAME_LENGTH_S} s.")
+        if self.num_samples < frame_length:
+            frame = frame_length / self.sampling_rate
+            raise ValueError(f"duration is {duration} s; it must hold one frame of {frame:.4g} s.")
         if min(fade_in, fade_out) < 0 or max(fade_in, fade_out) > duration:
             raise ValueError(f"fade_in is {fade_in} and fade_out {fade_out} s; both must be within [0, {duration}].")
         if std <= 0:
             raise ValueError(f"std is {std}; it must be positive.")
         if num_frames is not None and num_frames < 1:
             raise ValueError(f"num_frames is {num_frames}; it must be positive.")
+        held = self.filterbank.num_frames(self.num_samples)
+        if front_end == "clap" and num_frames is not None and num_frames > held:
+            raise ValueError(f"num_frames is {num_frames}, and {duration} s hold {held}: CLAP's input is not padded.")
         if quality_normalization not in NORMALIZATIONS:
             raise ValueError(
                 f"quality_normalization is {quality_normalization!r}; choose one of {', '.join(NORMALIZATIONS)}."
             )
-        self.duration = duration
         self.num_frames = num_frames
         self.padding = padding
         self.fade_in = fade_in
@@ -135,6 +111,11 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         self.quality_statistics = quality_statistics
 
     @property
+    def filterbank(self) -> KaldiFilterbank | ClapFilterbank:
+        """The front end, at this rate and number of bands."""
+        return FRONT_ENDS[self.front_end](self.sampling_rate, self.feature_size)
+
+    @property
     def num_samples(self) -> int:
         """Length of the padded clip, in samples."""
         return round(self.duration * self.sampling_rate)
@@ -142,11 +123,7 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
     @property
     def max_length(self) -> int:
         """Number of frames given out."""
-        if self.num_frames is not None:
-            return self.num_frames
-        return 1 + (self.num_samples - int(FRAME_LENGTH_S * self.sampling_rate)) // int(
-            FRAME_SHIFT_S * self.sampling_rate
-        )
+        return self.num_frames or self.filterbank.num_frames(self.num_samples)
 
     def __call__(
         self,
@@ -225,7 +202,8 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         elif self.padding == "cyclic":
             clip = waveform.repeat(math.ceil(target / length))[:target]
         else:
-            clip = torch.nn.functional.pad(waveform, (0, target - length))
+            before = (target - length) // 2 if self.padding == "zero_centered" else 0
+            clip = torch.nn.functional.pad(waveform, (before, target - length - before))
         fade_in = round(self.fade_in * self.sampling_rate)
         fade_out = round(self.fade_out * self.sampling_rate) if length < target else 0
         if fade_in or fade_out:
@@ -247,7 +225,7 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         """
         # On a CPU one clip at a time stays in the cache, and is four times faster than a batch.
         chunks = clips.split(1) if clips.device.type == "cpu" else (clips,)
-        features = torch.cat([log_mel_filterbank(chunk, self.sampling_rate, self.feature_size) for chunk in chunks])
+        features = torch.cat([self.filterbank(chunk) for chunk in chunks])
         features = features[:, : self.max_length]
         features = torch.nn.functional.pad(features, (0, 0, 0, self.max_length - features.shape[1]))
         return (features - self.mean) / (2 * self.std)

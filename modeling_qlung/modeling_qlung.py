@@ -1,19 +1,19 @@
 """QLung models: an audio encoder with one pooled embedding, and a head of angular or linear logits over it."""
 
 import copy
-import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.utils import can_return_tuple
 
-from .configuration_qlung import QLungConfig
-
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+from .configuration_qlung import AST, CLAP, QLungConfig
+from .filterbank_qlung import KaldiFilterbank
+from .pretrained_qlung import ENCODERS, HUB_OPTIONS, load_audio_encoder
 
 
 @dataclass
@@ -28,7 +28,8 @@ class QLungClassifierOutput(ModelOutput):
             Cosines between the embedding and the class weights, float32; what margin losses act on.
         pooler_output (`torch.FloatTensor` of shape `(batch, hidden_size)`): the embedding.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*): of the encoder, if asked for.
-        attentions (`tuple(torch.FloatTensor)`, *optional*): of the encoder, if asked for; needs eager attention.
+        attentions (`tuple(torch.FloatTensor)`, *optional*):
+            Of the encoder, if asked for; AST's need eager attention, CLAP gives each stage's last layer.
     """
 
     loss: torch.Tensor | None = None
@@ -80,12 +81,17 @@ class QLungPreTrainedModel(PreTrainedModel):
     main_input_name = "input_values"
     input_modalities = ["audio"]  # noqa: RUF012 - Transformers' own class attribute
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ASTEmbeddings", "ASTLayer"]  # noqa: RUF012 - Transformers' own class attribute
-    _supports_sdpa = True
-    _supports_flash_attn = True
     # Otherwise Trainer takes the **kwargs of forward for a loss that scales itself, and multiplies loss and gradients
     # by the number of accumulation steps.
     accepts_loss_kwargs = False
+
+    @property
+    def _supports_sdpa(self) -> bool:
+        return ENCODERS[self.config.audio_config.model_type][0]._supports_sdpa  # AST's attention, and not CLAP's
+
+    @property
+    def _supports_flash_attn(self) -> bool:
+        return ENCODERS[self.config.audio_config.model_type][0]._supports_flash_attn
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -106,76 +112,78 @@ class QLungPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_audio_encoder(
-        cls, pretrained_model_name_or_path: str, duration: float = 8.0, num_frames: int | None = None, **kwargs
+        cls,
+        pretrained_model_name_or_path: str,
+        duration: float = 8.0,
+        num_frames: int | None = None,
+        position_grid: Callable[..., torch.Tensor] | None = None,
+        **kwargs,
     ):
-        """Start from a pretrained Audio Spectrogram Transformer, its position grid cut for shorter input.
+        """Start from a pretrained Audio Spectrogram Transformer, or from CLAP's audio tower.
 
-        The grid's middle columns are kept, without interpolation, as AST's authors do.
+        Of AST's position grid the middle columns are kept for shorter input; for longer input it is stretched.
+        CLAP has no such grid; of a whole CLAP, the text tower and the projections stay behind.
 
         Args:
-            pretrained_model_name_or_path: a Hub id such as `MIT/ast-finetuned-audioset-10-10-0.4593`, or a folder.
-            duration: length of the input, in seconds; gives `num_frames` = 1 + (16000 * duration - 400) // 160.
+            pretrained_model_name_or_path: a Hub id such as `MIT/ast-finetuned-audioset-10-10-0.4593` or
+                `laion/clap-htsat-unfused`, or a folder.
+            duration: length of an AST's input, in seconds at 16 kHz.
             num_frames: length of the input in frames, instead of `duration`.
+            position_grid: cuts an AST's grid in the place of [`cut_position_grid`].
             kwargs: arguments of [`QLungConfig`] (pooling, head, ...), and of the Hub (`revision`, `token`,
                 `cache_dir`, `local_files_only`, ...).
 
         Raises:
             OSError: if the weights are neither in a folder of that name nor to be had from the Hub.
-            ValueError: if the weights are not AST's, lack a parameter, or are shorter than the input asked for.
+            ValueError: if the weights are not AST's or CLAP's, if a key is missing, left over or of another shape, or
+                if more frames are asked for than CLAP takes.
         """
         hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
-        try:
-            encoder, info = AutoModel.from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **hub)
-        except OSError as error:
-            if os.path.isdir(pretrained_model_name_or_path):
-                raise
-            if os.path.isabs(pretrained_model_name_or_path) or pretrained_model_name_or_path.startswith((".", "~")):
-                raise OSError(f"There is no folder {pretrained_model_name_or_path}.") from error
-            raise OSError(
-                f"The weights {pretrained_model_name_or_path!r} are no local folder and could not be downloaded. "
-                f"With a network: hf download {pretrained_model_name_or_path} --local-dir ast, then give the folder "
-                "`ast` (config.json and model.safetensors) instead of the name."
-            ) from error
-        if encoder.config.model_type != "audio-spectrogram-transformer":
-            raise ValueError(f"{pretrained_model_name_or_path} is a {encoder.config.model_type}, not an AST.")
-        if info["missing_keys"]:
-            raise ValueError(f"{pretrained_model_name_or_path} lacks {sorted(info['missing_keys'])}.")
-        audio_config = copy.deepcopy(encoder.config)
+        encoder = load_audio_encoder(pretrained_model_name_or_path, **hub)
+        state, audio_config = encoder.state_dict(), copy.deepcopy(encoder.config)
         audio_config.name_or_path = ""  # maybe a folder of this machine, which a published checkpoint must not name
-        audio_config.max_length = num_frames or 1 + (round(16000 * duration) - 400) // 160
+        if audio_config.model_type == AST:
+            audio_config.max_length = num_frames or KaldiFilterbank().num_frames(round(16000 * duration))
+            name, cut = "embeddings.position_embeddings", position_grid or cut_position_grid
+            state[name] = cut(state[name], encoder.config, audio_config)
         model = cls(QLungConfig(audio_config=audio_config, **kwargs))
-        base = model.qlung if isinstance(model, QLungForAudioClassification) else model
-        state = encoder.state_dict()
-        name = "embeddings.position_embeddings"
-        state[name] = cut_position_grid(state[name], encoder.config, audio_config)
-        base.encoder.load_state_dict(state)
+        if num_frames is not None:
+            check_length(num_frames, model.config)
+        model.base_model.encoder.load_state_dict(state)
         return model
 
 
+def check_length(num_frames: int, config: QLungConfig) -> None:
+    """Raise a ValueError if the encoder does not take an input of so many frames."""
+    exact = config.audio_config.model_type == AST
+    if num_frames > config.max_frames or (exact and num_frames < config.max_frames):
+        raise ValueError(
+            f"The input has {num_frames} frames and the encoder takes {'' if exact else 'at most '}{config.max_frames}"
+            ": prepare the audio with the checkpoint's own feature extractor."
+        )
+
+
 def cut_position_grid(positions: torch.Tensor, source, target) -> torch.Tensor:
-    """Cut AST's position embeddings to fewer frames.
+    """Cut AST's position embeddings to fewer frames, or stretch them to more (Gong et al. 2021, in their code).
 
     Args:
         positions: shape (1, 2 + frequencies * times, hidden), two special tokens first, then frequency-major.
         source: the `ASTConfig` that they were trained with.
-        target: the same with a smaller `max_length`.
+        target: the same with another `max_length`.
 
     Returns:
-        Shape (1, 2 + frequencies * fewer times, hidden): the middle columns of the time axis.
-
-    Raises:
-        ValueError: if `target` is longer than `source`.
+        Shape (1, 2 + frequencies * wanted times, hidden): the middle columns of the time axis, or, where there are
+        fewer than wanted, all of them, interpolated linearly.
     """
     frequencies = (source.num_mel_bins - source.patch_size) // source.frequency_stride + 1
-    times, fewer = ((c.max_length - c.patch_size) // c.time_stride + 1 for c in (source, target))
-    if fewer > times:
-        raise ValueError(
-            f"The encoder was trained on {source.max_length} frames; {target.max_length} would need positions that it "
-            "does not have. Ask for a shorter duration."
-        )
-    special, grid = positions[:, :2], positions[:, 2:]
-    start = (times - fewer) // 2
-    grid = grid.unflatten(1, (frequencies, times))[:, :, start : start + fewer]
+    times, wanted = ((c.max_length - c.patch_size) // c.time_stride + 1 for c in (source, target))
+    special, grid = positions[:, :2], positions[:, 2:].unflatten(1, (frequencies, times))
+    if wanted <= times:
+        start = times // 2 - wanted // 2  # of 101: 50 - int(wanted / 2), as in AST's own code
+        grid = grid[:, :, start : start + wanted]
+    else:
+        stretched = nn.functional.interpolate(grid.permute(0, 3, 1, 2), size=(frequencies, wanted), mode="bilinear")
+        grid = stretched.permute(0, 2, 3, 1)
     return torch.cat([special, grid.flatten(1, 2)], dim=1)
 
 
@@ -186,7 +194,7 @@ class QLungModel(QLungPreTrainedModel):
 
     def __init__(self, config: QLungConfig):
         super().__init__(config)
-        self.encoder = AutoModel.from_config(config.audio_config)
+        self.encoder = ENCODERS[config.audio_config.model_type][0](config.audio_config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -199,30 +207,40 @@ class QLungModel(QLungPreTrainedModel):
 
         Args:
             input_values: shape (batch, frames, mel bands), from [`QLungFeatureExtractor`].
-            kwargs: passed on to the encoder; `output_hidden_states`, `output_attentions` (which needs
-                `attn_implementation="eager"`).
+            kwargs: passed on to the encoder; `output_hidden_states`, `output_attentions` (of AST, it needs
+                `attn_implementation="eager"`, the only one that CLAP has).
 
         Returns:
-            `last_hidden_state` (batch, tokens, hidden_size) and `pooler_output` (batch, hidden_size).
+            `last_hidden_state` (batch, tokens, hidden_size) and `pooler_output` (batch, hidden_size). AST's tokens are
+            the class and the distillation token, then the patches; CLAP's are its last grid. Both grids are
+            frequency-major: all times of the lowest band come first. CLAP's `hidden_states` are grids too, (batch,
+            channels, height, width), and its `attentions`, of each stage's last layer, (batch * windows, heads,
+            tokens, tokens).
 
         Raises:
-            ValueError: if the number of frames is not what the encoder was built for, or if attentions are asked of an
-                implementation that does not keep them.
+            ValueError: if the number of frames or of mel bands is not what the encoder was built for, or if attentions
+                are asked of an implementation that does not keep them.
         """
-        expected = self.config.audio_config.max_length
-        if input_values.shape[1] != expected:
+        _, frames, bands = input_values.shape
+        check_length(frames, self.config)
+        if bands != (expected := self.config.audio_config.num_mel_bins):
             raise ValueError(
-                f"input_values has {input_values.shape[1]} frames and the encoder takes {expected}: prepare the audio "
-                "with the checkpoint's own feature extractor."
+                f"The input has {bands} mel bands and the encoder takes {expected}: prepare the audio with the "
+                "checkpoint's own feature extractor."
             )
         if kwargs.get("output_attentions") and self.encoder.config._attn_implementation != "eager":
             raise ValueError(
                 f"{self.encoder.config._attn_implementation!r} attention keeps no attention maps: load the model with "
                 'attn_implementation="eager", or call model.set_attn_implementation("eager").'
             )
-        outputs = self.encoder(input_values.to(self.dtype), **kwargs)
-        tokens = outputs.last_hidden_state
-        pooled = tokens.mean(dim=1) if self.config.pooling == "mean" else tokens[:, :2].mean(dim=1)
+        input_values = input_values.to(self.dtype)
+        if self.config.audio_config.model_type == CLAP:
+            outputs = self.encoder(input_values[:, None], **kwargs)  # one channel: four are for feature fusion
+            tokens, pooled = outputs.last_hidden_state.flatten(2).transpose(1, 2), outputs.pooler_output
+        else:
+            outputs = self.encoder(input_values, **kwargs)
+            tokens = outputs.last_hidden_state
+            pooled = tokens.mean(dim=1) if self.config.pooling == "mean" else tokens[:, :2].mean(dim=1)
         return BaseModelOutputWithPooling(
             last_hidden_state=tokens,
             pooler_output=pooled,

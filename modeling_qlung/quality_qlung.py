@@ -2,8 +2,9 @@
 
 AQS = clip(1 - alpha * H + beta * R, 0, 1): H is the normalised spectral entropy, high for noise-like sound, and R the
 normalised RMS energy, low for weak sound. The paper does not say on which signal H and R are measured nor how they are
-normalised. Here both are measured on the 16 kHz waveform as recorded, before fading and padding, and within a band that
-every recording has whatever its original rate; statistics fitted on the training set spread them over [0, 1].
+normalised. Here both are measured on the waveform as recorded, before fading and padding, and within a band that every
+recording has whatever its rate was or is (16 kHz for AST, 48 kHz for CLAP: the same score); statistics fitted on the
+training set spread them over [0, 1].
 """
 
 import functools
@@ -15,12 +16,12 @@ import torch
 NORMALIZATIONS = ("raw", "minmax", "percentile", "zscore")
 # A 4 kHz recording, resampled to 16 kHz, is empty above about 1.8 kHz; below 50 Hz are handling and mains.
 BAND_HZ = (50.0, 1800.0)
-FRAME_LENGTH, HOP_LENGTH = 512, 256
+FRAME_LENGTH_S = 0.032
 
 
 @functools.lru_cache(maxsize=8)
-def _hann_window(device: torch.device) -> torch.Tensor:
-    return torch.hann_window(FRAME_LENGTH, device=device)
+def _hann_window(length: int, device: torch.device) -> torch.Tensor:
+    return torch.hann_window(length, device=device)
 
 
 def entropy_and_rms(waveform: torch.Tensor | np.ndarray, sampling_rate: int = 16000) -> tuple[float, float]:
@@ -42,17 +43,18 @@ def entropy_and_rms(waveform: torch.Tensor | np.ndarray, sampling_rate: int = 16
         raise ValueError(f"Quality needs a waveform of shape (n,) with n > 0, got {tuple(waveform.shape)}.")
     if sampling_rate < 2 * BAND_HZ[1]:
         raise ValueError(f"Quality needs a sampling rate of at least {2 * BAND_HZ[1]:.0f} Hz, got {sampling_rate}.")
-    waveform = torch.nn.functional.pad(waveform, (0, max(0, FRAME_LENGTH - waveform.numel())))
-    window = _hann_window(waveform.device)
-    spectrum = torch.stft(waveform, FRAME_LENGTH, HOP_LENGTH, window=window, center=False, return_complex=True)
-    low, high = (round(edge * FRAME_LENGTH / sampling_rate) for edge in BAND_HZ)
+    length = round(FRAME_LENGTH_S * sampling_rate)  # so bins are 31.25 Hz wide at any rate, and the band has as many
+    waveform = torch.nn.functional.pad(waveform, (0, max(0, length - waveform.numel())))
+    window = _hann_window(length, waveform.device)
+    spectrum = torch.stft(waveform, length, length // 2, window=window, center=False, return_complex=True)
+    low, high = (round(edge * length / sampling_rate) for edge in BAND_HZ)
     power = spectrum[low : high + 1].abs().square()  # (bins, frames)
     energy = power.sum(dim=0)
     share = power / energy.clamp_min(torch.finfo(power.dtype).tiny)
     entropy = torch.special.entr(share).sum(dim=0) / math.log(power.shape[0])
     entropy = torch.where(energy > 0, entropy, 1.0)
     # Parseval: one-sided bins carry half of the energy of the windowed frame.
-    mean_square = 2 * energy.mean() / (FRAME_LENGTH * window.square().sum())
+    mean_square = 2 * energy.mean() / (length * window.square().sum())
     return float(entropy.mean().clamp(0, 1)), float(mean_square.sqrt())
 
 

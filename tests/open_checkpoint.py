@@ -25,7 +25,7 @@ def main(folder: str, again: str | None = None) -> None:
     waveform = np.load(f"{folder}/waveform.npy")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=True)
-    inputs = extractor(waveform, sampling_rate=16000, return_tensors="pt")
+    inputs = extractor(waveform, sampling_rate=extractor.sampling_rate, return_tensors="pt")
     model = AutoModelForAudioClassification.from_pretrained(folder, trust_remote_code=True).eval()
     base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     classify = pipeline("audio-classification", model=folder, trust_remote_code=True)

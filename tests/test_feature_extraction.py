@@ -3,11 +3,11 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from transformers import ASTFeatureExtractor, AutoFeatureExtractor
+from transformers import ASTFeatureExtractor, AutoFeatureExtractor, ClapFeatureExtractor
 
 import hf_datasets
 from modeling_qlung import QLungFeatureExtractor
-from modeling_qlung.feature_extraction_qlung import log_mel_filterbank
+from modeling_qlung.filterbank_qlung import ClapFilterbank, KaldiFilterbank
 from modeling_qlung.inference import read_audio
 
 
@@ -50,14 +50,14 @@ def test_every_real_cycle_matches_kaldi(real_icbhi, tmp_path):
 def test_filterbank_matches_kaldi_at_any_length(samples):
     clip = torch.from_numpy(noise(samples))
     extractor = QLungFeatureExtractor(mean=0.0, std=0.5)
-    ours = log_mel_filterbank(clip[None])[0]
+    ours = KaldiFilterbank()(clip[None])[0]
     torch.testing.assert_close(ours, kaldi_features(clip, extractor), atol=1e-3, rtol=0)
 
 
 def test_silence_is_floored_as_in_kaldi():
     clip = torch.zeros(1600)
     extractor = QLungFeatureExtractor(mean=0.0, std=0.5)
-    torch.testing.assert_close(log_mel_filterbank(clip[None])[0], kaldi_features(clip, extractor))
+    torch.testing.assert_close(KaldiFilterbank()(clip[None])[0], kaldi_features(clip, extractor))
 
 
 def test_shorter_cycles_repeat_and_fade_out_only_at_the_end():
@@ -82,6 +82,12 @@ def test_fade_in_and_zero_padding():
     assert torch.equal(clip[1600:8000], torch.ones(6400))
     assert torch.equal(clip[8000:], torch.zeros(8000))
     assert torch.equal(cycle, torch.ones(8000)), "the caller's waveform was changed"
+
+
+def test_centered_zero_padding_has_as_much_silence_on_either_side():
+    cycle = torch.from_numpy(noise(8001))
+    clip = QLungFeatureExtractor(duration=1.0, padding="zero_centered", fade_out=0.0).fit_length(cycle)
+    torch.testing.assert_close(clip, torch.cat([torch.zeros(3999), cycle, torch.zeros(4000)]), rtol=0, atol=0)
 
 
 def test_further_frames_are_zero_before_normalisation_as_in_transformers():
@@ -114,8 +120,8 @@ def test_a_batch_equals_its_items_and_takes_every_kind_of_waveform():
 def test_a_batch_computed_at_once_equals_one_at_a_time():
     """What a GPU computes in one batch, and a CPU clip by clip."""
     clips = torch.stack([torch.from_numpy(noise(16000, seed)) for seed in range(3)])
-    together = log_mel_filterbank(clips)
-    apart = torch.cat([log_mel_filterbank(clip[None]) for clip in clips])
+    together = KaldiFilterbank()(clips)
+    apart = torch.cat([KaldiFilterbank()(clip[None]) for clip in clips])
     torch.testing.assert_close(together, apart, atol=1e-4, rtol=0)
 
 
@@ -175,6 +181,104 @@ def test_quality_is_measured_on_the_waveform_as_recorded(tmp_path):
     for extractor in (short, long):
         quality = extractor([waveform, waveform], sampling_rate=16000, return_quality=True, return_tensors="pt").quality
         assert quality.tolist() == pytest.approx([expected, expected])
+
+
+# ---- CLAP's front end ----
+
+
+def clap_features(clip: torch.Tensor) -> torch.Tensor:
+    """Transformers' own extractor, with the settings of laion/clap-htsat-unfused, on a clip of its full length."""
+    reference = ClapFeatureExtractor(frequency_min=50, frequency_max=14000, truncation="rand_trunc")
+    prepared = reference(clip.numpy(), sampling_rate=48000, max_length=len(clip), return_tensors="pt")
+    return prepared.input_features[0, 0]
+
+
+def clap_extractor(**options) -> QLungFeatureExtractor:
+    return QLungFeatureExtractor(front_end="clap", **options)
+
+
+def test_real_recordings_match_claps_own_extractor(real_icbhi, tmp_path):
+    """To 1e-3 dB, also where a 4 kHz recording leaves nothing but rounding above 2 kHz."""
+    extractor = clap_extractor()
+    cycles = hf_datasets.load("icbhi", real_icbhi, allow_missing_audio=True, cache_dir=tmp_path)
+    audio = [row["bytes"] for split in cycles.values() for row in split.data.column("audio").to_pylist()][::20]
+    largest = 0.0
+    for row in audio:
+        waveform = read_audio(row, 48000)
+        ours = extractor(waveform, sampling_rate=48000, return_tensors="pt").input_values[0]
+        theirs = clap_features(extractor.fit_length(torch.from_numpy(waveform)))
+        assert ours.shape == theirs.shape == (801, 64)
+        largest = max(largest, (ours - theirs).abs().max().item())
+    print(f"largest difference from Transformers' CLAP extractor over {len(audio)} cycles: {largest:.1e} dB")
+    assert largest <= 1e-3
+
+
+@pytest.mark.parametrize("samples", [1024, 1025, 1439, 48000])
+def test_claps_filterbank_matches_at_any_length(samples):
+    clip = torch.from_numpy(noise(samples))
+    ours = ClapFilterbank()(clip[None])[0]
+    assert len(ours) == ClapFilterbank().num_frames(samples) == 1 + samples // 480
+    torch.testing.assert_close(ours, clap_features(clip), atol=1e-3, rtol=0)
+
+
+def test_claps_weak_bands_are_not_filled_with_rounding():
+    """Nothing but a loud low tone: the bands far above it hold its rounding, where float32 is 0.06 dB off."""
+    time = np.arange(48000) / 48000
+    clip = torch.from_numpy((0.9 * np.sin(2 * np.pi * 300 * time)).astype(np.float32))
+    torch.testing.assert_close(ClapFilterbank()(clip[None])[0], clap_features(clip), atol=1e-3, rtol=0)
+
+
+def test_silence_is_floored_as_in_clap():
+    clip = torch.zeros(4800)
+    assert torch.equal(ClapFilterbank()(clip[None])[0], clap_features(clip))
+    assert (ClapFilterbank()(clip[None]) == -100).all()
+
+
+def test_claps_clips_at_once_equal_one_at_a_time():
+    clips = torch.stack([torch.from_numpy(noise(48000, seed)) for seed in range(3)])
+    apart = torch.cat([ClapFilterbank()(clip[None]) for clip in clips])
+    torch.testing.assert_close(ClapFilterbank()(clips), apart, atol=1e-4, rtol=0)
+
+
+def test_claps_geometry_follows_from_its_front_end():
+    assert (clap_extractor().feature_size, clap_extractor().sampling_rate) == (64, 48000)
+    assert (clap_extractor().num_samples, clap_extractor().max_length) == (384000, 801)
+    assert clap_extractor(duration=10.0).max_length == 1001
+    assert (QLungFeatureExtractor().num_samples, QLungFeatureExtractor().max_length) == (128000, 798)
+    assert clap_extractor(num_frames=400).max_length == 400
+    with pytest.raises(ValueError, match=r"num_frames is 1024, and 8\.0 s hold 801"):
+        clap_extractor(num_frames=1024)
+    with pytest.raises(ValueError, match="sampling_rate is 44100 Hz; CLAP's front end is made for 48000 Hz"):
+        clap_extractor(sampling_rate=44100)
+    with pytest.raises(ValueError, match=r"duration is 0\.02 s; it must hold one frame of 0\.02133 s"):
+        clap_extractor(duration=0.02)
+    with pytest.raises(ValueError, match="front_end is 'mfcc'; choose one of kaldi, clap"):
+        QLungFeatureExtractor(front_end="mfcc")
+
+
+def test_claps_cycles_repeat_and_its_values_may_be_normalised(tmp_path):
+    waveform = noise(30000)
+    plain = clap_extractor(duration=1.0)
+    clip = plain.fit_length(torch.from_numpy(waveform))
+    assert torch.equal(clip[30000:45000], clip[:15000])
+    values = plain(waveform, sampling_rate=48000, return_tensors="pt").input_values
+    torch.testing.assert_close(values[0], clap_features(clip), atol=1e-3, rtol=0)
+    fitted = clap_extractor(duration=1.0, mean=-50.0, std=10.0)
+    normalised = fitted(waveform, sampling_rate=48000, return_tensors="pt").input_values
+    torch.testing.assert_close(normalised, (values + 50) / 20)
+    fitted.save_pretrained(tmp_path)
+    assert AutoFeatureExtractor.from_pretrained(tmp_path).to_dict() == fitted.to_dict()
+
+
+def test_quality_is_the_same_at_either_front_ends_rate(real_icbhi, real_sprsound):
+    files = sorted((real_icbhi / "ICBHI_final_database").glob("*.wav"))[::6]
+    files += sorted((real_sprsound / "BioCAS2022" / "train2022_wav").glob("*.wav"))[::200]
+    differences = [
+        abs(QLungFeatureExtractor().quality(read_audio(file)) - clap_extractor().quality(read_audio(file, 48000)))
+        for file in files
+    ]
+    print(f"largest difference of the quality score between 16 and 48 kHz, {len(files)} files: {max(differences):.1e}")
+    assert max(differences) < 1e-3
 
 
 def test_reading_averages_channels_and_resamples(tmp_path):

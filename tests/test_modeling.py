@@ -3,16 +3,15 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import ASTConfig, ASTForAudioClassification, ASTModel, AutoModel
+from transformers import ASTConfig, AutoModel, ClapAudioConfig, ClapAudioModel
 
 from modeling_qlung import QLungConfig, QLungForAudioClassification, QLungModel
-from modeling_qlung.modeling_qlung import cut_position_grid
 
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+from .encoders import TINY_AST, TINY_CLAP
 
 
 def tiny_config(**kwargs) -> QLungConfig:
-    return QLungConfig(audio_config={**TINY, "max_length": 98}, **kwargs)
+    return QLungConfig(audio_config={**TINY_AST, "max_length": 98}, **kwargs)
 
 
 @pytest.fixture
@@ -119,6 +118,8 @@ def test_wrong_length_is_named():
     model = QLungModel(tiny_config())
     with pytest.raises(ValueError, match="50 frames and the encoder takes 98"):
         model(torch.zeros(1, 50, 128))
+    with pytest.raises(ValueError, match="64 mel bands and the encoder takes 128"):
+        model(torch.zeros(1, 98, 64))
 
 
 @pytest.mark.parametrize(
@@ -181,80 +182,119 @@ def test_loss_is_not_taken_for_one_that_scales_itself():
     assert QLungForAudioClassification.accepts_loss_kwargs is False
 
 
-# ---- Pretrained encoders, of the real checkpoint's shape ----
+# ---- CLAP's audio tower ----
 
 
-@pytest.fixture(scope="session")
-def pretrained_ast(tmp_path_factory):
-    """A folder like `MIT/ast-finetuned-audioset-10-10-0.4593`: AST for 1024 frames, with its classifier; narrower."""
+def clap_config(**kwargs) -> QLungConfig:
+    return QLungConfig(audio_config=TINY_CLAP, **kwargs)
+
+
+@pytest.fixture
+def decibels():
+    """Front end values of 8 s, as quiet as recordings are."""
+    return 10 * torch.randn(2, 801, 64, generator=torch.Generator().manual_seed(0)) - 50
+
+
+def test_clap_needs_its_configuration_alone():
+    config = QLungConfig(audio_config=ClapAudioConfig())
+    assert (config.pooling, config.hidden_size, config.max_frames) == ("mean", 768, 1024)
+    with torch.device("meta"):
+        model = QLungForAudioClassification(config)
+    assert model.head.weight.shape == (4, 768)
+
+
+@pytest.mark.parametrize("frames", [64, 801, 1001, 1024])
+def test_claps_embedding_is_its_own_and_the_mean_of_its_tokens(frames):
     torch.manual_seed(0)
-    model = ASTForAudioClassification(ASTConfig(**TINY, num_labels=527))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
-    folder = tmp_path_factory.mktemp("ast")
-    model.save_pretrained(folder)
-    return folder
+    model = QLungModel(clap_config()).eval()
+    reference = ClapAudioModel(ClapAudioConfig(**model.config.audio_config.to_dict())).eval()
+    reference.load_state_dict(model.encoder.state_dict())
+    features = torch.randn(2, frames, 64)
+    output, expected = model(features), reference(input_features=features[:, None], is_longer=None)
+    assert torch.equal(output.pooler_output, expected.pooler_output)
+    assert output.last_hidden_state.shape == (2, 2 * 32, 64)
+    torch.testing.assert_close(output.last_hidden_state.mean(dim=1), output.pooler_output)
+    assert torch.equal(output.last_hidden_state[:, 32], expected.last_hidden_state[:, :, 1, 0])
 
 
-def grid_number(frequency: int, time: int, times: int) -> int:
-    """Index among AST's tokens: two special ones, then each frequency's row of times."""
-    return 2 + frequency * times + time
+def test_what_clap_does_not_take_is_named():
+    model = QLungModel(clap_config())
+    with pytest.raises(ValueError, match="1025 frames and the encoder takes at most 1024"):
+        model(torch.zeros(1, 1025, 64))
+    with pytest.raises(ValueError, match="128 mel bands and the encoder takes 64"):
+        model(torch.zeros(1, 798, 128))
+    with pytest.raises(ValueError, match=r"pooling is 'cls_dist'; for clap_audio_model choose one of mean\."):
+        clap_config(pooling="cls_dist")
+    with pytest.raises(ValueError, match="without feature fusion, such as laion/clap-htsat-unfused's"):
+        QLungConfig(audio_config={**TINY_CLAP, "enable_fusion": True})
+    with pytest.raises(ValueError, match="hidden_size 768, but its last stage is 64 wide"):
+        QLungConfig(audio_config={**TINY_CLAP, "hidden_size": 768})
+    with pytest.raises(ValueError, match="audio_config is a vit; the encoder must be one of audio-spectrogram-trans"):
+        QLungConfig(audio_config={"model_type": "vit"})
 
 
-@pytest.mark.parametrize("cls", [QLungModel, QLungForAudioClassification])
-def test_from_audio_encoder_cuts_the_middle_79_of_101_columns(cls, pretrained_ast):
-    model = cls.from_audio_encoder(str(pretrained_ast), duration=8.0, pooling="mean")
-    assert model.config.pooling == "mean"
-    assert model.config.audio_config.max_length == 798
-    encoder, original = model.base_model.encoder, ASTModel.from_pretrained(pretrained_ast)
-    positions, before = (e.embeddings.position_embeddings[0] for e in (encoder, original))
-    assert positions.shape == (2 + 12 * 79, 16)
-    assert before.shape == (2 + 12 * 101, 16)
-    assert torch.equal(positions[:2], before[:2])
-    for frequency in range(12):
-        for time in range(79):
-            cut = positions[grid_number(frequency, time, 79)]
-            assert torch.equal(cut, before[grid_number(frequency, 11 + time, 101)])
-    for name, value in original.state_dict().items():
-        if "position_embeddings" not in name:
-            assert torch.equal(encoder.state_dict()[name], value), name
+def test_claps_hidden_states_and_attentions(decibels):
+    model = QLungForAudioClassification(clap_config()).eval()
+    output = model(decibels, output_hidden_states=True, output_attentions=True)
+    grids = [(2, 8, 64, 64), (2, 16, 32, 32), (2, 32, 16, 16), (2, 64, 8, 8), (2, 64, 8, 8)]
+    assert [state.shape for state in output.hidden_states] == grids
+    # Windows of 8 x 8 tokens, of both items: 64, 16, 4 and 1 in each.
+    windows = [(128, 1, 64, 64), (32, 1, 64, 64), (8, 2, 64, 64), (2, 2, 64, 64)]
+    assert [attention.shape for attention in output.attentions] == windows
 
 
-def test_the_real_shape_at_full_length_gives_asts_own_embedding(tmp_path):
-    """AST base, 12 layers of 768, random weights: saved by Transformers, read by us, same numbers."""
+def test_clap_has_eager_attention_only():
+    model = QLungForAudioClassification(clap_config())
+    assert model.config._attn_implementation == model.qlung.encoder.config._attn_implementation == "eager"
+    model.set_attn_implementation(model.config._attn_implementation)
+    with pytest.raises(ValueError, match="does not support an attention implementation through"):
+        model.set_attn_implementation("sdpa")
+
+
+def test_clap_is_saved_whole_with_its_running_statistics(tmp_path, decibels):
+    model = QLungForAudioClassification(clap_config(head="linear")).train()
+    model(decibels)
+    norm = model.qlung.encoder.audio_encoder.batch_norm
+    assert norm.num_batches_tracked == 1
+    assert norm.running_mean.mean() < -1, "the statistics have moved"
+    model.save_pretrained(tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
+    loaded, info = QLungForAudioClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert isinstance(loaded.config.audio_config, ClapAudioConfig)
+    assert loaded.config.pooling == "mean"
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert torch.equal(loaded.eval()(decibels).logits, model.eval()(decibels).logits)
+
+
+def test_claps_other_sizes_survive_saving(tmp_path):
+    sizes = {"num_mel_bins": 128, "spec_size": 512, "depths": [1, 2], "num_attention_heads": [2, 4], "hidden_size": 16}
+    config = QLungConfig(audio_config={**TINY_CLAP, **sizes})
+    config.save_pretrained(tmp_path)
+    loaded = QLungConfig.from_pretrained(tmp_path).audio_config
+    assert {name: getattr(loaded, name) for name in sizes} == sizes
+    assert config.max_frames == 2048
+
+
+def test_claps_gradients_do_not_change_with_activation_checkpointing(decibels):
     torch.manual_seed(0)
-    original = ASTModel(ASTConfig()).eval()
-    torch.nn.init.normal_(original.embeddings.position_embeddings, std=0.02)
-    original.save_pretrained(tmp_path)
-    model = QLungModel.from_audio_encoder(str(tmp_path), num_frames=1024).eval()
-    features = torch.randn(1, 1024, 128)
-    with torch.no_grad():
-        torch.testing.assert_close(model(features).pooler_output, original(features).pooler_output)
-    cut = QLungModel.from_audio_encoder(str(tmp_path), duration=8.0)
-    assert cut.encoder.embeddings.position_embeddings.shape == (1, 950, 768)
+    model = QLungForAudioClassification(clap_config()).train()
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        model.zero_grad()
+        torch.manual_seed(1)
+        model(decibels, labels=torch.tensor([0, 1])).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
 
 
-def test_a_longer_input_than_the_encoder_knows_is_refused():
-    long, short = ASTConfig(max_length=1024), ASTConfig(max_length=512)
-    with pytest.raises(ValueError, match="512 frames; 1024 would need"):
-        cut_position_grid(torch.zeros(1, 2 + 12 * 50, 8), short, long)
-
-
-def test_other_encoders_and_absent_weights_are_named(tmp_path):
-    with pytest.raises(OSError, match="hf download nobody/no-such-ast --local-dir"):
-        QLungModel.from_audio_encoder("nobody/no-such-ast")
-    QLungModel(tiny_config()).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is a qlung, not an AST"):
-        QLungModel.from_audio_encoder(str(tmp_path))
-
-
-def test_an_encoder_that_lacks_weights_is_refused(pretrained_ast, tmp_path):
-    from safetensors.torch import save_file
-
-    weights = load_file(pretrained_ast / "model.safetensors")
-    removed = next(name for name in weights if "layernorm_before.weight" in name)
-    del weights[removed]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "config.json").write_text((pretrained_ast / "config.json").read_text())
-    with pytest.raises(ValueError, match=r"lacks \['layers.0.layernorm_before.weight'\]"):
-        QLungModel.from_audio_encoder(str(tmp_path))
+def test_a_half_precision_clap_still_has_a_float32_head(decibels):
+    model = QLungForAudioClassification(clap_config()).eval()
+    reference = model(decibels).logits
+    output = copy.deepcopy(model).to(torch.bfloat16)(decibels)
+    assert output.logits.dtype == torch.float32
+    torch.testing.assert_close(output.logits, reference, atol=2.0, rtol=0)

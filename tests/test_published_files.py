@@ -14,16 +14,13 @@ from transformers import AutoModelForAudioClassification
 
 from modeling_qlung import QLungConfig, QLungFeatureExtractor, QLungForAudioClassification, QLungModel
 
+from .encoders import TINY_AST, TINY_CLAP
+
 PACKAGE = Path(__file__).parents[1] / "modeling_qlung"
 PUBLISHED = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
 
-ENCODER = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_length": 98,
-}
+ENCODER = {**TINY_AST, "max_length": 98}
+ENCODERS = {"kaldi": ENCODER, "clap": TINY_CLAP}  # by their front end
 
 
 def open_elsewhere(folder: Path, workdir: Path, *more: str, python: str = sys.executable) -> dict:
@@ -35,17 +32,18 @@ def open_elsewhere(folder: Path, workdir: Path, *more: str, python: str = sys.ex
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
+@pytest.fixture(scope="module", params=ENCODERS)
+def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.set_num_threads(2)
-    model = QLungForAudioClassification(QLungConfig(audio_config=ENCODER, class_priors=[0.4, 0.3, 0.2, 0.1])).eval()
-    extractor = QLungFeatureExtractor(duration=1.0)
+    config = QLungConfig(audio_config=ENCODERS[request.param], class_priors=[0.4, 0.3, 0.2, 0.1])
+    model = QLungForAudioClassification(config).eval()
+    extractor = QLungFeatureExtractor(front_end=request.param, duration=1.0)
     model.save_pretrained(folder)
     extractor.save_pretrained(folder)
     waveform = (0.1 * np.random.default_rng(0).standard_normal(12345)).astype(np.float32)
     np.save(folder / "waveform.npy", waveform)
-    return folder, model, extractor(waveform, sampling_rate=16000, return_tensors="pt")
+    return folder, model, extractor(waveform, sampling_rate=extractor.sampling_rate, return_tensors="pt")
 
 
 def test_opens_every_way_with_equal_bits(checkpoint, tmp_path):

@@ -8,7 +8,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from .report import SCORE_TITLES, format_mean_sd
+from .report import format_mean_sd
+from .tasks import FOUR_CLASS, Task
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class RunDescription:
         local_weights: name and digest of pretrained weights that came from a folder.
         shared_patients: {split: number of its patients who are also in the training part}.
         figures: {caption: file name beside the card}.
+        task: what the model was asked.
         repo_id: Hub id or folder, for the examples.
     """
 
@@ -61,6 +63,7 @@ class RunDescription:
     local_weights: str | None = None
     shared_patients: Mapping[str, int] = field(default_factory=dict)
     figures: Mapping[str, str] = field(default_factory=dict)
+    task: Task = FOUR_CLASS
     repo_id: str = "path/to/this/folder"
 
     def __post_init__(self) -> None:
@@ -158,7 +161,7 @@ def _header(run: RunDescription) -> ModelCardData:
             metric_value=round(scores[score], 2),
         )
         for split, scores in run.metrics.items()
-        for score, title in SCORE_TITLES.items()
+        for score, title in run.task.titles.items()
         if scores[score] is not None
     ]
     return ModelCardData(
@@ -175,7 +178,8 @@ def _header(run: RunDescription) -> ModelCardData:
 def _summary(run: RunDescription) -> str:
     data = _DATASETS[run.dataset]
     return (
-        "A classifier of single respiratory cycles: normal, crackle, wheeze, or both. "
+        f"A classifier of {'single respiratory cycles' if run.task.config == 'cycles' else 'whole recordings'}: "
+        f"{', '.join(run.task.classes[:-1])} or {run.task.classes[-1]}. "
         f"Trained on {data.title} ({data.population}) with the recipe `{run.recipe}`: {run.description}\n\n"
         "**For research. Not a medical device.**"
     )
@@ -183,8 +187,8 @@ def _summary(run: RunDescription) -> str:
 
 def _usage(run: RunDescription) -> str:
     return f"""\
-`torch` and `transformers` are enough (`soundfile` only reads the file here). The waveform is one respiratory cycle,
-mono, at 16 kHz.
+`torch` and `transformers` are enough (`soundfile` only reads the file here). The waveform is one
+{"respiratory cycle" if run.task.config == "cycles" else "recording"}, mono, at 16 kHz.
 
 ```python
 import soundfile
@@ -214,32 +218,31 @@ print(classify({{"raw": waveform, "sampling_rate": rate}}))
 
 def _scores(run: RunDescription) -> str:
     parts = [
-        f"{_SELECTION[run.selection]}\n\nIn percent. Sp = correct normals / normals. Se (4-class) counts an abnormal "
-        "cycle only when it is given exactly its class, Se (2-class) when it is given any abnormal class. Score = "
-        "(Sp + Se) / 2. In brackets: 95 % interval from a bootstrap over patients, of this one run (it holds no "
-        "variation between seeds)."
+        f"{_SELECTION[run.selection]}\n\nIn percent. {run.task.definition} In brackets: 95 % interval from a bootstrap "
+        "over patients, of this one run (it holds no variation between seeds)."
     ]
-    parts += [_split_scores(split, scores, run.shared_patients.get(split, 0)) for split, scores in run.metrics.items()]
+    parts += [_split_scores(run, split) for split in run.metrics]
     if run.published:
-        values = ", ".join(f"{SCORE_TITLES.get(name, name)} {value}" for name, value in run.published.items())
+        values = ", ".join(f"{run.task.titles.get(name, name)} {value}" for name, value in run.published.items())
         parts.append(f"Published in {run.source}: {values}.")
     parts += [f"![{caption}]({name})" for caption, name in run.figures.items()]
     return "\n\n".join(parts)
 
 
-def _split_scores(split: str, scores: Mapping[str, Any], shared_patients: int) -> str:
-    cycles = sum(scores["support"].values())
-    header = f"### {split}: {cycles:,} cycles of {_plural(scores['patients'], 'patient')}"
+def _split_scores(run: RunDescription, split: str) -> str:
+    scores, shared_patients = run.metrics[split], run.shared_patients.get(split, 0)
+    items = sum(scores["support"].values())
+    header = f"### {split}: {items:,} {run.task.config} of {_plural(scores['patients'], 'patient')}"
     rows = [
         f"| {title} | {format_mean_sd(scores[score], None)} | {_interval(scores['ci95'][score])} |"
-        for score, title in SCORE_TITLES.items()
+        for score, title in run.task.titles.items()
     ]
     classes = [
         f"| {name} | {scores['support'][name]:,} | {format_mean_sd(recall, None)} |"
         for name, recall in scores["recall"].items()
     ]
     tables = ["\n".join(["| measure | % | 95 % interval |", "|---|---:|---:|", *rows])]
-    tables.append("\n".join(["| class | cycles | recall % |", "|---|---:|---:|", *classes]))
+    tables.append("\n".join([f"| class | {run.task.config} | recall % |", "|---|---:|---:|", *classes]))
     if scores["patients"] < _FEW_PATIENTS:
         tables.append(
             f"Fewer than {_FEW_PATIENTS} patients: the intervals are too narrow, or undefined (–). Do not rely on them."
@@ -250,7 +253,8 @@ def _split_scores(split: str, scores: Mapping[str, Any], shared_patients: int) -
             "as the official split has it: the scores say less about new patients."
         )
     if scores["unlabelled"]:
-        tables.append(f"{_plural(scores['unlabelled'], 'further cycle')} without one of the four labels: not scored.")
+        unlabelled = _plural(scores["unlabelled"], f"further {run.task.config.removesuffix('s')}")
+        tables.append(f"{unlabelled} without one of these labels: not scored.")
     return "\n\n".join([header, *tables])
 
 
@@ -271,7 +275,7 @@ def _training_data(run: RunDescription) -> str:
     ]
     table = "\n".join([f"| part | {' | '.join(classes)} | all |", "|---|" + "---:|" * (len(classes) + 1), *rows])
     missing = f"**Missing: {run.missing}**" if run.missing else "Nothing of the dataset was missing."
-    return f"{data.title}: {data.population}. Respiratory cycles:\n\n{table}\n\n{missing}"
+    return f"{data.title}: {data.population}. {run.task.config.capitalize()}:\n\n{table}\n\n{missing}"
 
 
 def _recipe(run: RunDescription) -> str:
@@ -305,8 +309,8 @@ triage or to reassure: it was never tested in care, and no regulator has seen it
 
 - It was trained on {_DATASETS[run.dataset].population}. Expect other
   scores on other people, stethoscopes and places.
-- It expects one respiratory cycle cut out by hand. Speech, heart sounds, handling noise and cycles cut wrongly were not
-  taught as such, and there is no class for them.
+- It expects {"one respiratory cycle cut out by hand" if run.task.config == "cycles" else "one whole recording"}.
+  Speech, heart sounds, handling noise and wrong cuts were not taught as such, and there is no class for them.
 - Its probabilities are a softmax and are not calibrated.
 - The annotations are human judgements, with the disagreement that listeners have on crackles and wheezes."""
 

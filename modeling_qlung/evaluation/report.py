@@ -12,15 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .bootstrap import bootstrap_ci
-from .icbhi_score.scores import CLASS_NAMES, confusion_counts, scores_from_confusion
-
-SCORE_TITLES = {
-    "specificity": "Sp",
-    "sensitivity_4class": "Se (4-class)",
-    "score_4class": "Score (4-class)",
-    "sensitivity_2class": "Se (2-class)",
-    "score_2class": "Score (2-class)",
-}
+from .icbhi_score.scores import confusion_counts
+from .tasks import FOUR_CLASS, Task
 
 PREDICTION_SCHEMA = pa.schema(
     [
@@ -41,8 +34,8 @@ def write_predictions(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> No
     Args:
         path: file to write.
         rows: one mapping per cycle, with exactly the columns of `PREDICTION_SCHEMA`: `row_id`
-            (`{recording_id}:{cycle_index}`), `patient_id`, `split`, `label` (0..3, None where the cycle has none),
-            `prediction` (0..3), `logits` (one float per class) and `quality` (in [0, 1], or None).
+            (`{recording_id}:{cycle_index}`), `patient_id`, `split`, `label` (class index, None where the cycle has
+            none), `prediction` (class index), `logits` (one float per class) and `quality` (in [0, 1], or None).
 
     Raises:
         ValueError: no rows, a missing or unknown column, a null where the schema has none, logits that are not finite,
@@ -96,34 +89,38 @@ def read_predictions(path: str | Path) -> pd.DataFrame:
     return table.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
 
 
-def score_predictions(predictions: pd.DataFrame, resamples: int = 1000) -> dict[str, dict[str, Any]]:
+def score_predictions(
+    predictions: pd.DataFrame, task: Task = FOUR_CLASS, resamples: int = 1000
+) -> dict[str, dict[str, Any]]:
     """Score each split of a predictions table.
 
     Args:
         predictions: what `read_predictions` returns.
+        task: what was asked.
         resamples: bootstrap resamples of the patients, for the intervals.
 
     Returns:
-        {split: {...}} in the order of the table: what `scores_from_confusion` returns, in percent; `ci95`, {score:
+        {split: {...}} in the order of the table: what `Task.scores` returns, in percent; `ci95`, {score:
         [low, high]} by `bootstrap_ci` (None where undefined); `patients`, the number scored; `unlabelled`, the number
         of rows that were left out because they have no label. A split without any label has None for every score.
 
     Raises:
-        ValueError: a `row_id` twice in one split, or a class outside 0..3.
+        ValueError: a `row_id` twice in one split, or a class that the task does not have.
     """
     _check_unique(predictions, "predictions")
-    return {str(split): _score_split(rows, resamples) for split, rows in predictions.groupby("split", sort=False)}
+    return {str(split): _score_split(rows, task, resamples) for split, rows in predictions.groupby("split", sort=False)}
 
 
-def _score_split(rows: pd.DataFrame, resamples: int) -> dict[str, Any]:
-    labelled = rows[rows["label"].notna()]
-    counts, intervals = np.zeros((len(CLASS_NAMES),) * 2, dtype=np.int64), dict.fromkeys(SCORE_TITLES)
+def _score_split(rows: pd.DataFrame, task: Task, resamples: int) -> dict[str, Any]:
+    labelled, size = rows[rows["label"].notna()], len(task.classes)
+    counts, intervals = np.zeros((size, size), dtype=np.int64), dict.fromkeys(task.titles)
     if len(labelled):
         labels, predicted = (labelled[name].to_numpy(np.int64) for name in ("label", "prediction"))
-        counts = confusion_counts(labels, predicted)
-        intervals = bootstrap_ci(labels, predicted, labelled["patient_id"].to_numpy(str), resamples=resamples)
+        counts = confusion_counts(labels, predicted, size)
+        patients = labelled["patient_id"].to_numpy(str)
+        intervals = bootstrap_ci(labels, predicted, patients, task.rates, size, resamples)
     return {
-        **scores_from_confusion(counts),
+        **task.scores_from_confusion(counts),
         "ci95": intervals,
         "patients": labelled["patient_id"].nunique(),
         "unlabelled": len(rows) - len(labelled),
@@ -146,11 +143,12 @@ def write_text(path: str | Path, text: str) -> None:
     os.replace(unfinished, path)
 
 
-def summarize_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+def summarize_seeds(runs: Sequence[Mapping[str, Any]], task: Task = FOUR_CLASS) -> dict[str, dict[str, dict[str, Any]]]:
     """Mean and standard deviation over seeds.
 
     Args:
         runs: the metrics of each run, as `score_predictions` returns them.
+        task: what was asked.
 
     Returns:
         {split: {score: {"mean", "sd", "n", "values"}}} in percent. `values` are in the order of `runs`; `n` counts the
@@ -165,7 +163,7 @@ def summarize_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, di
     for number, run in enumerate(runs):
         if set(run) != set(splits):
             raise ValueError(f"run {number} scored the splits {sorted(run)}, run 0 scored {sorted(splits)}")
-    return {s: {score: _mean_sd([run[s][score] for run in runs]) for score in SCORE_TITLES} for s in splits}
+    return {s: {score: _mean_sd([run[s][score] for run in runs]) for score in task.titles} for s in splits}
 
 
 def _mean_sd(values: list[float | None]) -> dict[str, Any]:
@@ -178,23 +176,46 @@ def _mean_sd(values: list[float | None]) -> dict[str, Any]:
     }
 
 
-def format_table(summary: Mapping[str, Mapping[str, Mapping[str, Any]]], first_column: str = "split") -> str:
+def format_table(
+    summary: Mapping[str, Mapping[str, Mapping[str, Any]]], task: Task = FOUR_CLASS, first_column: str = "split"
+) -> str:
     """A Markdown table of mean ± sd, one row per entry.
 
     Args:
         summary: {row name: {score: {"mean", "sd", "n"}}}: what `summarize_seeds` returns, or one split of several
             recipes under the recipes' names.
+        task: what was asked; its scores are the columns.
         first_column: heading of the row names.
     """
     lines = [
-        f"| {first_column} | runs | " + " | ".join(SCORE_TITLES.values()) + " |",
-        "|---|" + "---:|" * (len(SCORE_TITLES) + 1),
+        f"| {first_column} | runs | " + " | ".join(task.titles.values()) + " |",
+        "|---|" + "---:|" * (len(task.titles) + 1),
     ]
     for name, scores in summary.items():
-        runs = max(scores[score]["n"] for score in SCORE_TITLES)
-        cells = [format_mean_sd(scores[score]["mean"], scores[score]["sd"]) for score in SCORE_TITLES]
+        runs = max(scores[score]["n"] for score in task.titles)
+        cells = [format_mean_sd(scores[score]["mean"], scores[score]["sd"]) for score in task.titles]
         lines.append(f"| {name} | {runs} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def format_scores(metrics: Mapping[str, Mapping[str, Any]], task: Task = FOUR_CLASS) -> str:
+    """A Markdown table of one model's scores with their 95 % intervals, one row per split of `score_predictions`."""
+    lines = [
+        "| split | scored | " + " | ".join(task.titles.values()) + " |",
+        "|---|" + "---:|" * (len(task.titles) + 1),
+    ]
+    for split, scores in metrics.items():
+        number = f"{sum(scores['support'].values()):,}"
+        if scores["unlabelled"]:
+            number += f" ({scores['unlabelled']:,} without label)"
+        cells = [f"{format_mean_sd(scores[s], None)} {format_interval(scores['ci95'][s])}".strip() for s in task.titles]
+        lines.append(f"| {split} | {number} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def format_interval(interval: Sequence[float] | None) -> str:
+    """`[60.12, 63.40]`, nothing where undefined."""
+    return "" if interval is None else f"[{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def format_mean_sd(mean: float | None, sd: float | None) -> str:

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from modeling_qlung.evaluation.model_card import RunDescription, build_model_card
-from modeling_qlung.evaluation.report import SCORE_TITLES
+from modeling_qlung.evaluation.tasks import FOUR_CLASS
 
 SCORES = {
     "specificity": 81.904,
@@ -18,7 +18,7 @@ SCORES = {
     "score_2class": 70.0,
     "recall": {"normal": 81.9, "crackle": 45.0, "wheeze": None, "both": 20.0},
     "support": {"normal": 1579, "crackle": 649, "wheeze": 0, "both": 143},
-    "ci95": {score: [58.5, 65.25] for score in SCORE_TITLES} | {"sensitivity_2class": None},
+    "ci95": {score: [58.5, 65.25] for score in FOUR_CLASS.titles} | {"sensitivity_2class": None},
     "patients": 49,
     "unlabelled": 2,
 }
@@ -61,7 +61,7 @@ def test_header_opens_on_the_hub_with_its_scores(run):
 
 
 def test_card_without_any_score_still_has_a_header(run):
-    undefined = SCORES | dict.fromkeys(SCORE_TITLES)
+    undefined = SCORES | dict.fromkeys(FOUR_CLASS.titles)
     card = ModelCard(build_model_card(replace(run, metrics={"test": undefined})))
     assert card.data.eval_results is None
     assert "| Score (4-class) | – |" in card.content
@@ -73,7 +73,7 @@ def test_scores_stand_with_intervals_and_support(run):
     assert "| Score (4-class) | 62.01 | [58.50, 65.25] |" in card
     assert "| Se (2-class) | – | – |" in card
     assert "| wheeze | 0 | – |" in card
-    assert "2 further cycles without one of the four labels: not scored." in card
+    assert "2 further cycles without one of these labels: not scored." in card
     assert "Published in QLung (Interspeech 2026), ablation, last row: Score (4-class) 62.01 ± 1.18." in card
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from modeling_qlung.evaluation import icbhi_scores
 from modeling_qlung.evaluation.report import (
-    SCORE_TITLES,
     format_table,
     read_predictions,
     score_predictions,
@@ -16,6 +15,7 @@ from modeling_qlung.evaluation.report import (
     write_metrics,
     write_predictions,
 )
+from modeling_qlung.evaluation.tasks import FOUR_CLASS
 
 
 def row(number=0, split="test", **changes):
@@ -96,7 +96,7 @@ def test_splits_are_scored_apart_and_rows_without_label_only_counted(tmp_path):
 def test_a_split_without_labels_has_no_scores():
     metrics = score_predictions(pd.DataFrame([row(n, label=None) for n in range(3)]))["test"]
     assert metrics["unlabelled"] == 3
-    assert {metrics[name] for name in SCORE_TITLES} == {None}
+    assert {metrics[name] for name in FOUR_CLASS.titles} == {None}
     assert set(metrics["ci95"].values()) == {None}
     assert sum(metrics["support"].values()) == 0
 
@@ -117,7 +117,7 @@ def test_metrics_file_is_json_with_nulls(tmp_path):
 
 
 def run_of(score, split="test", **changes):
-    return {split: dict.fromkeys(SCORE_TITLES, score) | changes}
+    return {split: dict.fromkeys(FOUR_CLASS.titles, score) | changes}
 
 
 def test_seeds_have_mean_and_sample_deviation():
