@@ -20,29 +20,34 @@ class SpecAugment:
 
     A mask's width is floor(U(0, width)), as in torchaudio and in Patch-Mix (Bae et al. 2023), whose numbers and widths
     are the defaults; its start is uniform over all places where the mask fits. (`torchaudio`'s own masks never reach
-    the last bin or frame, take no generator and no fill per item.) Patch-Mix's code also leaves out all masks with
-    probability 0.16, and takes the mean once more after the frequency masks.
+    the last bin or frame, take no generator and no fill per item.) What Patch-Mix's code does beyond that is
+    `as_published.spec_augment`.
 
     Args:
         freq_masks: Number of frequency masks per item.
         freq_width: Upper bound of their width in mel bins, never reached; limited to the number of bins.
         time_masks: Number of time masks per item.
         time_width: Upper bound of their width in frames, never reached; limited to the number of frames.
-        fill: Value under the masks: "mean" is the item's own mean over all frames and bins before masking.
+        fill: Value under the masks. "mean" is the item's own mean over all frames and bins before masking; "mean per
+            axis" takes it again after the frequency masks, for the time masks.
+        probability: How often an item is masked at all.
     """
 
     freq_masks: int = 2
     freq_width: int = 48
     time_masks: int = 2
     time_width: int = 160
-    fill: Literal["mean"] | float = "mean"
+    fill: Literal["mean", "mean per axis"] | float = "mean"
+    probability: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("freq_masks", "freq_width", "time_masks", "time_width"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if isinstance(self.fill, str) and self.fill != "mean":
-            raise ValueError(f'fill must be "mean" or a number, got {self.fill!r}.')
+        if isinstance(self.fill, str) and self.fill not in ("mean", "mean per axis"):
+            raise ValueError(f'fill must be "mean", "mean per axis" or a number, got {self.fill!r}.')
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability must lie in [0, 1], got {self.probability}.")
 
     def __call__(self, features: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Masks a batch of features.
@@ -62,9 +67,20 @@ class SpecAugment:
         batch, frames, mel = features.shape
         bins = _draw_masks(batch, mel, self.freq_masks, self.freq_width, generator)
         times = _draw_masks(batch, frames, self.time_masks, self.time_width, generator)
-        masked = (times[:, :, None] | bins[:, None, :]).to(features.device)
-        fill = features.mean(dim=(1, 2), keepdim=True) if self.fill == "mean" else features.new_tensor(self.fill)
-        return torch.where(masked, fill, features)
+        if self.probability < 1:  # otherwise nothing is drawn, so that a seed means the same masks as ever
+            applied = torch.rand(batch, 1, generator=generator) < self.probability
+            bins, times = bins & applied, times & applied
+        bins, times = bins[:, None, :].to(features.device), times[:, :, None].to(features.device)
+        if self.fill != "mean per axis":
+            return torch.where(times | bins, self._fill(features), features)
+        features = torch.where(bins, self._fill(features), features)
+        return torch.where(times, self._fill(features), features)
+
+    def _fill(self, features: torch.Tensor) -> torch.Tensor:
+        """Value under the masks, one for all items or one for each."""
+        if isinstance(self.fill, str):
+            return features.mean(dim=(1, 2), keepdim=True)
+        return features.new_tensor(self.fill)
 
 
 def _draw_masks(batch: int, size: int, masks: int, width: int, generator: torch.Generator | None) -> torch.Tensor:

@@ -6,47 +6,79 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Audio, Dataset
+from datasets import Audio, Dataset, Features, List, Value
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
 from .. import quality_qlung
+from ..evaluation.tasks import FOUR_CLASS, Task
 from ..feature_extraction_qlung import QLungFeatureExtractor
 from ..inference import audio as recordings
 from ..quality_qlung import entropy_and_rms, fit_statistics, quality_score
 
 UNLABELLED = -100  # the index that cross-entropy leaves out
-KEPT_COLUMNS = ("label", "patient_id", "recording_id", "cycle_index")
+KEPT_COLUMNS = ("patient_id", "recording_id", "cycle_index", "device", "fold")
+DECODED_FEATURES = {
+    "waveform": List(Value("float32")),
+    "entropy": Value("float64"),
+    "rms": Value("float64"),
+    "label": Value("int64"),
+}
 
 
-def decode_cycles(dataset: Dataset, sampling_rate: int) -> Dataset:
-    """Decode and resample every cycle once, and measure its quality as recorded.
+def decode_cycles(dataset: Dataset, sampling_rate: int, task: Task = FOUR_CLASS) -> Dataset:
+    """Decode and resample every cycle once (recording, where the task is about these), and measure its quality.
 
     Args:
-        dataset: rows of `hf_datasets.load(..., config="cycles")`.
+        dataset: rows of `hf_datasets.load(..., config=task.config)`.
         sampling_rate: of the model, in Hz.
+        task: gives each row its label.
 
     Returns:
-        A memory-mapped dataset, cached beside the one given, with `waveform` (float32 samples), `entropy`, `rms` and
-        the columns label, patient_id, recording_id and cycle_index.
+        A memory-mapped dataset, cached beside the one given, with `waveform` (float32 samples), `entropy` and `rms` as
+        recorded, `label` (class of the task, None where it has none), patient_id, recording_id, device, and, where
+        there are such, cycle_index and fold.
+
+    Raises:
+        ValueError: if the dataset lacks the task's column.
     """
+    classes = label_classes(dataset, task)
     # `datasets` knows a function by its name: after a change of the code it would serve what the old code gave.
     code = [inspect.getsource(part) for part in (recordings, quality_qlung, _decode_row)]
     dropped = [name for name in dataset.column_names if name not in KEPT_COLUMNS]
+    kept = {name: dataset.features[name] for name in KEPT_COLUMNS if name in dataset.features}
     decoded = dataset.cast_column("audio", Audio(decode=False)).map(
         _decode_row,
-        fn_kwargs={"sampling_rate": sampling_rate},
+        fn_kwargs={"sampling_rate": sampling_rate, "column": task.column, "classes": classes},
         remove_columns=dropped,
+        features=Features({**kept, **DECODED_FEATURES}),
         desc="Decode cycles",
-        new_fingerprint=Hasher.hash([dataset._fingerprint, sampling_rate, *code]),
+        new_fingerprint=Hasher.hash([dataset._fingerprint, sampling_rate, task.column, classes, *code]),
     )
     return decoded.with_format("numpy", columns=["waveform"], output_all_columns=True)
 
 
-def _decode_row(row: Mapping[str, Any], sampling_rate: int) -> dict[str, Any]:
+def label_classes(dataset: Dataset, task: Task) -> list[int | None]:
+    """Give the task's class of each of the dataset's own, None where it has none.
+
+    Raises:
+        ValueError: if the dataset lacks the task's column.
+    """
+    if task.column not in dataset.features:
+        raise ValueError(
+            f"the task {task.name} needs the column {task.column!r}, which this dataset does not have: choose another "
+            "--task, or --dataset sprsound"
+        )
+    return [task.index(name) for name in dataset.features[task.column].names]
+
+
+def _decode_row(
+    row: Mapping[str, Any], sampling_rate: int, column: str, classes: Sequence[int | None]
+) -> dict[str, Any]:
     waveform = recordings.read_audio(row["audio"]["bytes"], sampling_rate)
     entropy, rms = entropy_and_rms(waveform, sampling_rate)
-    return {"waveform": waveform, "entropy": entropy, "rms": rms}
+    label = None if row[column] is None else classes[row[column]]
+    return {"waveform": waveform, "entropy": entropy, "rms": rms, "label": label}
 
 
 def fit_quality(feature_extractor: QLungFeatureExtractor, train: Dataset, normalization: str) -> None:
@@ -73,27 +105,62 @@ def fit_normalization(feature_extractor: QLungFeatureExtractor, train: Dataset) 
     feature_extractor.mean, feature_extractor.std = mean, 0.5 * (squares / count - mean**2) ** 0.5
 
 
+def score_quality(feature_extractor: QLungFeatureExtractor, cycles: Dataset) -> np.ndarray:
+    """Score every row's quality (n,) in [0, 1] from its measured entropy and RMS."""
+    normalization, statistics = feature_extractor.quality_normalization, feature_extractor.quality_statistics
+    pairs = zip(cycles["entropy"][:], cycles["rms"][:], strict=True)
+    return np.array([quality_score(entropy, rms, normalization, statistics) for entropy, rms in pairs])
+
+
+def control_quality(train: Dataset, quality: np.ndarray, kind: str, seed: int) -> np.ndarray:
+    """Replace the training cycles' quality by a control that knows nothing of them.
+
+    Args:
+        train: the training cycles.
+        quality: their scores, (n,).
+        kind: `measured` leaves them; `constant` gives all their mean; `shuffled` hands them out at random, so that the
+            margins have the same distribution.
+        seed: of the shuffle.
+
+    Returns:
+        (n,), to be the column `quality` that [`CycleCollator`] prefers to a measurement.
+    """
+    if kind == "constant":
+        return np.full_like(quality, quality.mean())
+    return np.random.default_rng(seed).permutation(quality) if kind == "shuffled" else quality
+
+
 class CycleCollator:
     """
     Makes a batch of `clips` (batch, samples), `labels` (batch,) and `quality` (batch,) in [0, 1].
 
     The filterbank and all augmentation come later, within the training step: a loader runs ahead of it, and random
     numbers drawn in the loader would differ after a resume.
+
+    Args:
+        feature_extractor: pads and cuts the waveforms.
+        devices: names of the stethoscopes; if given, batches hold the index of each row's, `device` (batch,).
     """
 
-    def __init__(self, feature_extractor: QLungFeatureExtractor):
+    def __init__(self, feature_extractor: QLungFeatureExtractor, devices: Sequence[str] | None = None):
         self.feature_extractor = feature_extractor
+        self.devices = devices
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Stack the clips of a batch of rows."""
         clips = [self.feature_extractor.fit_length(torch.from_numpy(row["waveform"].copy())) for row in rows]
-        return {
+        batch = {
             "clips": torch.stack(clips),
             "labels": torch.tensor([UNLABELLED if row["label"] is None else row["label"] for row in rows]),
             "quality": torch.tensor([self.quality(row) for row in rows]),
         }
+        if self.devices is not None:
+            batch["device"] = torch.tensor([self.devices.index(row["device"]) for row in rows])
+        return batch
 
     def quality(self, row: Mapping[str, Any]) -> float:
-        """Score one row from its measured entropy and RMS."""
+        """Give one row's column `quality` if it has one, or score its measured entropy and RMS."""
+        if "quality" in row:
+            return row["quality"]
         extractor = self.feature_extractor
         return quality_score(row["entropy"], row["rms"], extractor.quality_normalization, extractor.quality_statistics)

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +15,44 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from ..evaluation import icbhi_scores
+from ..evaluation.tasks import FOUR_CLASS, Task
 from ..feature_extraction_qlung import QLungFeatureExtractor
 from ..modeling_qlung import QLungForAudioClassification
 from .augmentation import SpecAugment, WaveformAugment
 from .data import UNLABELLED, CycleCollator
 from .ema import WeightEMA
 from .losses import ClassificationLoss, MarginSchedule
+from .objectives import Objective, Supervised
 from .sampling import SamplerEpochCallback, WeightedEpochSampler
 from .sharpness import SharpnessAwareStep
 
 logger = logging.get_logger(__name__)
 
 STATE_NAME = "qlung_state.pt"
-SCORES = ("specificity", "sensitivity_4class", "score_4class", "sensitivity_2class", "score_2class")
 
 
-def compute_scores(prediction: EvalPrediction) -> dict[str, float]:
-    """Give ICBHI's scores of logits (n, 4) and labels (n,) in percent, of the labelled; an undefined one is NaN."""
-    labelled = prediction.label_ids != UNLABELLED
-    if not labelled.any():
-        return dict.fromkeys(SCORES, float("nan"))
-    scores = icbhi_scores(prediction.label_ids[labelled], np.argmax(prediction.predictions[labelled], axis=-1))
-    return {name: float("nan") if scores[name] is None else scores[name] for name in SCORES}
+def compute_scores(task: Task) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Make the function that scores logits (n, C) against labels (n,), of the labelled; an undefined score is NaN.
+
+    Beside the task's scores it gives `recall_CLASS` and `predicted_CLASS`, the share of all items that were given the
+    class, in percent, for [`TrainingDiagnostics`].
+    """
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        labelled = prediction.label_ids != UNLABELLED
+        if not labelled.any():
+            return dict.fromkeys(task.titles, float("nan"))
+        predicted = np.argmax(prediction.predictions[labelled], axis=-1)
+        scores = task.scores(prediction.label_ids[labelled], predicted)
+        shares = 100 * np.bincount(predicted, minlength=len(task.classes)) / len(predicted)
+        values = {
+            **{name: scores[name] for name in task.titles},
+            **{f"recall_{name}": recall for name, recall in scores["recall"].items()},
+            **{f"predicted_{name}": float(share) for name, share in zip(task.classes, shares, strict=True)},
+        }
+        return {name: float("nan") if value is None else value for name, value in values.items()}
+
+    return compute
 
 
 class QLungTrainer(Trainer):
@@ -45,7 +61,10 @@ class QLungTrainer(Trainer):
 
     Args:
         loss: what is minimised; evaluation reports plain cross-entropy, comparable between losses.
+        objective: how a batch becomes a training loss; the loss of the batch as it is if None.
+        task: what is scored.
         feature_extractor: makes the model's input from clips within the step, on the step's device.
+        devices: names of the stethoscopes, where the objective asks for them.
         sampler: gives each epoch's rows.
         sharpness: takes sharpness-aware steps; plain ones if None.
         spec_augment: masks training features.
@@ -54,7 +73,8 @@ class QLungTrainer(Trainer):
         ema_decay: averages weights; the average is evaluated, and is the model after `train`.
 
     Raises:
-        ValueError: for sharpness-aware steps or averaged weights under FSDP or DeepSpeed, which shard the parameters.
+        ValueError: for sharpness-aware steps, averaged weights or a contrastive objective under FSDP or DeepSpeed,
+            which shard the parameters; for an objective that does not fit the model.
     """
 
     model: QLungForAudioClassification
@@ -66,6 +86,9 @@ class QLungTrainer(Trainer):
         *,
         loss: ClassificationLoss,
         feature_extractor: QLungFeatureExtractor,
+        task: Task = FOUR_CLASS,
+        devices: Sequence[str] | None = None,
+        objective: Objective | None = None,
         sampler: WeightedEpochSampler | None = None,
         sharpness: SharpnessAwareStep | None = None,
         spec_augment: SpecAugment | None = None,
@@ -74,21 +97,24 @@ class QLungTrainer(Trainer):
         ema_decay: float | None = None,
         **kwargs,
     ):
+        self.objective = objective or Supervised()
+        self.objective.attach(model)
         super().__init__(
             model,
             args,
             processing_class=feature_extractor,
-            data_collator=CycleCollator(feature_extractor),
-            compute_metrics=compute_scores,
+            data_collator=CycleCollator(feature_extractor, devices),
+            compute_metrics=compute_scores(task),
             **kwargs,
         )
         # Asked for on the command line, or set up by `accelerate config`; without an accelerator only the former tells.
         sharded = {"FSDP": args.fsdp or self.is_fsdp_enabled, "DeepSpeed": args.deepspeed or self.is_deepspeed_enabled}
-        if any(sharded.values()) and (sharpness is not None or ema_decay is not None):
+        needs_whole = sharpness is not None or ema_decay is not None or self.objective.projector is not None
+        if any(sharded.values()) and needs_whole:
             raise ValueError(
-                "Sharpness-aware training and averaged weights need every parameter whole on each device, and "
-                f"{' and '.join(name for name, used in sharded.items() if used)} shards them: use DDP, or set "
-                "--sharpness none and leave --ema_decay out."
+                "Sharpness-aware training, averaged weights and contrast need every parameter whole on each device, "
+                f"and {' and '.join(name for name, used in sharded.items() if used)} shards them: use DDP, or set "
+                "--sharpness none and --objective supervised and leave --ema_decay out."
             )
         self.loss = loss.to(self.args.device)
         self.feature_extractor = feature_extractor
@@ -128,23 +154,20 @@ class QLungTrainer(Trainer):
         if training and self.waveform_augment is not None:
             clips = torch.stack([self.waveform_augment(clip) for clip in clips])
         features = self.feature_extractor.extract_features(clips)
+        views = {"input_values": features}
+        if training and self.objective.two_views:
+            views["second_view"] = features
         if training and self.spec_augment is not None:
-            features = self.spec_augment(features)
-        return {"input_values": features, **inputs}
+            views = {name: self.spec_augment(view) for name, view in views.items()}
+        return {**views, **inputs}
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """Give the training loss of a batch; in evaluation plain cross-entropy of the model's own logits."""
-        labels = inputs["labels"]
-        outputs = model(input_values=inputs["input_values"])
         if model.training:
-            loss = self.loss(
-                outputs.cosines,
-                labels,
-                inputs["quality"],
-                logits=outputs.logits if self.model.config.head == "linear" else None,
-                norms=outputs.pooler_output.norm(dim=-1),
-            )
+            loss, outputs = self.objective(model, inputs, self.loss)
         else:
+            labels = inputs["labels"]
+            outputs = model(input_values=inputs["input_values"])
             total = nn.functional.cross_entropy(outputs.logits, labels, ignore_index=UNLABELLED, reduction="sum")
             loss = total / (labels != UNLABELLED).sum().clamp_min(1)
         return (loss, outputs) if return_outputs else loss
@@ -166,19 +189,20 @@ class QLungTrainer(Trainer):
             return super().evaluation_loop(*args, **kwargs)
 
     def train(self, *args, **kwargs):
-        """Train, and leave the averaged weights in the model if there are any."""
+        """Train, and leave the averaged weights in the model if there are any, and nothing but the model's own."""
         if self.args.process_index:  # the Trainer seeds all processes alike: each would drop and mask the same
             torch.manual_seed(self.args.seed + self.args.process_index)
         output = super().train(*args, **kwargs)
         if self.ema is not None:
             self.ema.apply(self.model)
+        self.objective.detach(self.model)
         return output
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Before trainer_state.json is written, whose presence tells that a checkpoint is whole.
         super()._save_rng_state(output_dir)
         if self.args.should_save:
-            parts = {"loss": self.loss, "sharpness": self.sharpness, "ema": self.ema}
+            parts = {"loss": self.loss, "objective": self.objective, "sharpness": self.sharpness, "ema": self.ema}
             state = {name: part.state_dict() for name, part in parts.items() if part is not None}
             torch.save(state, Path(output_dir) / STATE_NAME)
         self.accelerator.wait_for_everyone()
@@ -187,6 +211,7 @@ class QLungTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         state = self._load_state(resume_from_checkpoint)
         self.loss.load_state_dict(state["loss"])
+        self.objective.load_state_dict(state["objective"])
         if self.sharpness is not None:
             self.sharpness.load_state_dict(state["sharpness"])
 

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from modeling_qlung.training.losses import AdaFaceLoss
+from modeling_qlung.training.objectives import build_objective
 from modeling_qlung.training.sharpness import SharpnessAwareStep
 from modeling_qlung.training.trainer import leave_process_group
-from tests.training.small_training import batches, cycles, gradient_at, make_trainer, mean, train_by_hand
+from tests.training.small_training import batches, cycles, gradient_at, make_trainer, mean, small_model, train_by_hand
+from tests.training.test_objectives import DEVICES, gradients, rows
 from tests.training.test_sharpness import ALPHA, LOSS, RHO, rule
 from tests.training.test_trainer import StopAt, last_whole_checkpoint
 
@@ -105,6 +107,52 @@ def check_random_numbers(folder: Path) -> None:
     assert not torch.equal(gathered[0], gathered[1])
 
 
+def check_contrast(folder: Path) -> None:
+    """Each process contrasts within its own batch, and gradients are averaged, the projector's too."""
+    objective, by_hand_objective = (build_objective("device_contrast", target_gradient=True) for _ in range(2))
+    model = small_model(audio_config={"initializer_range": 0.3})
+    # A fresh AST's zeros, and embeddings that are nearly alike, would magnify roundings in layer and batch norm.
+    torch.nn.init.normal_(model.qlung.encoder.embeddings.position_embeddings)
+    trainer = make_trainer(folder, model, rows(), learning_rate=0.005, objective=objective, devices=DEVICES, **DDP)
+    by_hand, projector, made = copy.deepcopy(trainer.model), trainer.model.projector, batches(trainer)
+    before = copy.deepcopy(projector)
+    by_hand_projector = by_hand_objective.projector = by_hand.projector
+
+    def average(model, micro, _):
+        views = [{**batch, "second_view": batch["input_values"]} for batch in micro]
+        return mean([gradients(by_hand_objective(model, batch, LOSS)[0], model) for batch in views])
+
+    trainer.train()
+    train_by_hand(by_hand, [made[start : start + 2] for start in range(0, 8, 2)], average, rate=0.005)
+    by_hand_objective.detach(by_hand)
+    for ours, theirs in ((trainer.model, by_hand), (projector, by_hand_projector)):
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(one, other, atol=5e-6, rtol=1e-3)
+    assert not torch.equal(projector[3].weight, before[3].weight)
+    check_agreement(trainer)
+
+
+def check_objectives(folder: Path) -> None:
+    """Processes stay in step over the uneven ends of epochs, sharpness-aware too."""
+    for name in ("patch_mix", "patch_mix_contrast", "device_contrast"):
+        trainer = make_trainer(
+            folder / name,
+            train=rows(18),
+            objective=build_objective(name),
+            devices=DEVICES,
+            sharpness=SharpnessAwareStep("sam", RHO),
+            num_train_epochs=2,
+            logging_strategy="steps",
+            logging_steps=1,
+            **DDP,
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert trainer.state.global_step == len(losses) == 6
+        assert torch.tensor(losses).isfinite().all()
+        check_agreement(trainer)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     root = Path(sys.argv[1])
@@ -112,6 +160,8 @@ if __name__ == "__main__":
         check_training(root / name, name)
     check_evaluation(root / "evaluation")
     check_resuming(root)
+    check_contrast(root / "contrast")
+    check_objectives(root / "objectives")
     check_random_numbers(root / "random")
     leave_process_group()
     print("every check passed")

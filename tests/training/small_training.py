@@ -48,12 +48,12 @@ def small_model(seed: int = 0, **config) -> QLungForAudioClassification:
 
 
 def make_trainer(
-    folder: Path, model=None, train=None, loss=None, sampling_power: float = 0.0, **options
+    folder: Path, model=None, train=None, loss=None, sampling_power: float = 0.0, feature_extractor=None, **options
 ) -> QLungTrainer:
     """SGD without momentum at a rate of 0.05 over shuffled batches of 4, unless told otherwise."""
     train = cycles() if train is None else train
-    own = ("sharpness", "spec_augment", "waveform_augment", "margin_schedule", "ema_decay", "eval_dataset", "callbacks")
-    parts = {name: options.pop(name) for name in own if name in options}
+    own = {"sharpness", "objective", "devices", "spec_augment", "waveform_augment", "margin_schedule", "ema_decay"}
+    parts = {name: options.pop(name) for name in own | {"eval_dataset", "callbacks"} if name in options}
     settings = {
         "optim": "sgd",
         "learning_rate": 0.05,
@@ -74,7 +74,7 @@ def make_trainer(
         small_model() if model is None else model,
         arguments,
         loss=loss or CrossEntropyLoss(scale=10.0),
-        feature_extractor=QLungFeatureExtractor(duration=0.5),
+        feature_extractor=feature_extractor or QLungFeatureExtractor(duration=0.5),
         sampler=WeightedEpochSampler(train["label"][:], 4, sampling_power, replacement=sampling_power > 0),
         train_dataset=train,
         **parts,
@@ -86,7 +86,7 @@ def batches(trainer: QLungTrainer, epoch: int = 0) -> list[dict[str, torch.Tenso
     assert trainer.sampler is not None
     trainer.sampler.set_epoch(epoch)
     order, size = list(trainer.sampler), trainer.args.per_device_train_batch_size
-    collate = CycleCollator(trainer.feature_extractor)
+    collate = CycleCollator(trainer.feature_extractor, trainer.data_collator.devices)
     made = []
     for start in range(0, len(order), size):
         batch = collate([trainer.train_dataset[index] for index in order[start : start + size]])

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import EvalPrediction, TrainerCallback
 
-from modeling_qlung.evaluation import icbhi_scores
+from modeling_qlung.evaluation import CLASS_NAMES, icbhi_scores
+from modeling_qlung.evaluation.tasks import FOUR_CLASS
 from modeling_qlung.training.augmentation import SpecAugment, WaveformAugment
 from modeling_qlung.training.losses import AdaFaceLoss, CrossEntropyLoss, MarginSchedule, QLungLoss
 from modeling_qlung.training.sharpness import SharpnessAwareStep
@@ -209,11 +210,14 @@ def test_the_loss_gets_what_it_needs(tmp_path):
 def test_scores_are_of_the_labelled_rows():
     logits = np.eye(4)[[0, 1, 2, 3, 3, 0]]
     labels = np.array([0, 1, 2, 2, -100, 0])
-    scores = compute_scores(EvalPrediction(logits, labels))
+    scores = compute_scores(FOUR_CLASS)(EvalPrediction(logits, labels))
     expected = icbhi_scores([0, 1, 2, 2, 0], [0, 1, 2, 3, 0])
-    assert scores == {name: expected[name] for name in scores}
+    assert {name: scores[name] for name in FOUR_CLASS.titles} == {name: expected[name] for name in FOUR_CLASS.titles}
+    recalls = [scores[f"recall_{name}"] for name in FOUR_CLASS.classes]
+    assert recalls == pytest.approx([expected["recall"][name] or float("nan") for name in CLASS_NAMES], nan_ok=True)
+    assert sum(scores[f"predicted_{name}"] for name in FOUR_CLASS.classes) == pytest.approx(100)
     assert scores["sensitivity_2class"] == 100
-    assert np.isnan(compute_scores(EvalPrediction(logits[:1], labels[:1]))["sensitivity_4class"])
+    assert np.isnan(compute_scores(FOUR_CLASS)(EvalPrediction(logits[:1], labels[:1]))["sensitivity_4class"])
 
 
 def test_evaluation_reports_plain_cross_entropy(tmp_path):
