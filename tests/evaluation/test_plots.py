@@ -5,9 +5,20 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from modeling_qlung.evaluation import plots
-from modeling_qlung.evaluation.plots import plot_confusion_matrix, plot_training_curves
+from modeling_qlung.evaluation.plots import (
+    ScoreLine,
+    plot_attention,
+    plot_benchmark,
+    plot_confusion_matrices,
+    plot_confusion_matrix,
+    plot_embedding_map,
+    plot_quality_histogram,
+    plot_sensitivity,
+    plot_training_curves,
+)
 
 CLASSES = ("normal", "crackle", "wheeze", "both")
 LOG = [
@@ -81,3 +92,129 @@ def test_pyplot_and_with_it_the_global_backend_stay_untouched(tmp_path, monkeypa
     importlib.reload(plots).plot_training_curves(LOG, tmp_path / "curves.png")
     plots.plot_confusion_matrix(np.eye(4), CLASSES, tmp_path / "confusion.png", "")
     assert {path.name for path in tmp_path.iterdir()} == {"curves.png", "confusion.png"}
+
+
+def texts(figure):
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def test_benchmark_shows_mean_deviation_interval_and_what_was_published(tmp_path, figures):
+    lines = [
+        ScoreLine("ce", 59.5, 1.5, [55.0, 63.0], 59.55),
+        ScoreLine("one seed", 61.0, None, None),
+        ScoreLine("undefined", None, None, None, 62.01),
+    ]
+    plot_benchmark(lines, tmp_path / "benchmark.png", "icbhi test", "Score (4-class)", "ce")
+    (axes,) = figures[0].axes
+    drawn = [[np.asarray(part, dtype=float).tolist() for part in line.get_data()] for line in axes.lines]
+    assert [[59.5, 59.5], [0, 1]] in drawn  # the baseline's rule, over the axes' whole height
+    assert [[58.0, 61.0], [0, 0]] in drawn
+    assert [[55.0, 63.0], [0, 0]] in drawn
+    assert [[59.55], [0]] in drawn
+    assert [[61.0], [1]] in drawn
+    assert [x for x, y in drawn if y == [2]] == [[62.01]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["ce", "one seed", "undefined"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first on top
+    assert {"published", "baseline, ce", "Score (4-class), percent"} <= set(texts(figures[0]))
+    plot_benchmark(lines[1:2], tmp_path / "other.png", "", "Score", "ce")
+    assert not {"published", "baseline, ce"} & set(texts(figures[1]))
+
+
+def test_confusion_matrices_stand_side_by_side(tmp_path, figures):
+    matrices = {f"row {n}": np.eye(4, dtype=int) * (10 + n) + 1 for n in range(4)}
+    plot_confusion_matrices(matrices, CLASSES, tmp_path / "matrices.png", "icbhi test")
+    shown = [axes for axes in figures[0].axes if axes.images]
+    assert [axes.get_title(loc="left") for axes in shown] == list(matrices)
+    for axes, counts in zip(shown, matrices.values(), strict=True):
+        np.testing.assert_allclose(axes.images[0].get_array(), counts / counts.sum(axis=1, keepdims=True))
+    assert len({axes.get_position().y0 for axes in shown}) == 2  # three in a line
+    with pytest.raises(ValueError, match=r"4 classes but a confusion matrix of shape \(2, 2\)"):
+        plot_confusion_matrices({"a": np.eye(2)}, CLASSES, tmp_path / "m.png", "")
+
+
+def test_sensitivity_is_sorted_and_logarithmic_where_values_call_for_it(tmp_path, figures):
+    plot_sensitivity([0.1, 0.01, 0.03], [3.0, 1.0, 2.0], [0.5, None, 0.2], tmp_path / "rho.png", "", "rho", "Score")
+    plot_sensitivity([0.0, 0.5, 1.0], [3.0, 1.0, 2.0], [0.5, 0.1, 0.2], tmp_path / "share.png", "", "share", "Score")
+    rho, share = (figure.axes[0] for figure in figures)
+    assert rho.get_xscale() == "log"
+    assert share.get_xscale() == "linear"
+    assert rho.lines[0].get_xydata().tolist() == [[0.01, 1.0], [0.03, 2.0], [0.1, 3.0]]
+    bars = rho.collections[0].get_segments()
+    assert not bars[0].size  # one seed has no deviation
+    np.testing.assert_allclose(bars[2], [[0.1, 2.5], [0.1, 3.5]])
+    assert [label.get_text() for label in rho.get_xticklabels()] == ["0.01", "0.03", "0.1"]
+
+
+def test_quality_histogram_is_in_percent_of_each_class(tmp_path, figures):
+    quality, labels = [0.1, 0.1, 0.1, 0.9, 1.0], [0, 0, 0, 0, 2]
+    plot_quality_histogram(quality, labels, CLASSES, tmp_path / "quality.png", "icbhi train")
+    steps = {patch.get_label(): patch.get_data() for patch in figures[0].axes[0].patches}
+    assert list(steps) == ["normal: n = 4, 0.30 ± 0.35", "wheeze: n = 1, 1.00 ± 0.00"]
+    for data, expected in zip(steps.values(), ({2: 75.0, 22: 25.0}, {24: 100.0}), strict=True):
+        assert {bin_: value for bin_, value in enumerate(data.values) if value} == expected
+        np.testing.assert_allclose(data.edges, np.linspace(0, 1, 26))
+
+
+def test_embedding_map_shows_clusters_by_class_and_group(tmp_path, figures):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 60)
+    groups = np.where(np.arange(60) % 2, "icbhi", "sprsound").tolist()
+    embeddings = rng.normal(size=(60, 8)) + 20 * labels[:, None]
+    plot_embedding_map(embeddings, labels, CLASSES, groups, tmp_path / "map.png", "", "dataset")
+    by_class, by_group = figures[0].axes
+    first, second = (axes.collections[0] for axes in (by_class, by_group))
+    np.testing.assert_array_equal(first.get_offsets(), second.get_offsets())
+    colours = [tuple(colour) for colour in first.get_facecolors()]
+    places = np.asarray(first.get_offsets())
+    centres = [places[[c == colour for c in colours]].mean(axis=0) for colour in set(colours)]
+    assert len(centres) == 2
+    spread = max(np.std(places[[c == colour for c in colours]], axis=0).max() for colour in set(colours))
+    assert np.linalg.norm(centres[0] - centres[1]) > 2 * spread
+    assert by_group.get_title(loc="left") == "by dataset"
+    legend = by_class.get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["normal", "crackle"]
+
+
+def test_attention_shares_the_spectrograms_axes(tmp_path, figures):
+    # 48 frames and 128 bands in patches of 16 every 8 frames and 16 bands: 5 x 8.
+    features, attention = np.random.default_rng(0).normal(size=(48, 128)), np.full((5, 8), 0.02)
+    attention[3, 1] = 0.2
+    sizes = {"patch_size": 16, "time_stride": 8, "frequency_stride": 16}
+    plot_attention(features, attention, tmp_path / "attention.png", "a crackle", **sizes)
+    top, bottom = (axes for axes in figures[0].axes if axes.get_ylabel() == "frequency")
+    np.testing.assert_allclose(top.images[0].get_array(), features.T)
+    assert top.images[0].get_extent() == [0, pytest.approx(0.48), 0, 128]
+    mesh = bottom.collections[0]
+    # Patch (3, 1) covers the frames 24 to 40 and the bands 16 to 32; its centre is at 0.32 s and band 24.
+    values = mesh.get_array().reshape(8, 5)
+    assert np.unravel_index(values.argmax(), values.shape) == (1, 3)
+    assert values.mean() == pytest.approx(1)
+    corners = mesh.get_coordinates()
+    np.testing.assert_allclose(corners[1:3, 3:5].mean(axis=(0, 1)), [0.32, 24])
+    # 1 kHz lies in the band whose centre is nearest: bands are equally spaced in mel, from 20 Hz to 8 kHz.
+    mel = 1127 * np.log(1 + np.array([20, 1000, 8000]) / 700)
+    band = (mel[1] - mel[0]) / ((mel[2] - mel[0]) / 129) - 1
+    ticks = {label.get_text(): place for label, place in zip(top.get_yticklabels(), top.get_yticks(), strict=True)}
+    assert ticks["1 kHz"] == pytest.approx(band + 0.5)
+    with pytest.raises(ValueError, match=r"attention of shape \(8, 5\), but features of \(48, 128\) have \(5, 8\)"):
+        plot_attention(features, attention.T, tmp_path / "wrong.png", "", **sizes)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda path: plot_benchmark([], path, "", "", ""), "no rows to draw"),
+        (lambda path: plot_confusion_matrices({}, CLASSES, path, ""), "no confusion matrices"),
+        (lambda path: plot_quality_histogram([0.5, 1.5], [0, 1], CLASSES, path, ""), "scores from 0.5 to 1.5"),
+        (lambda path: plot_quality_histogram([], [], CLASSES, path, ""), "at least one"),
+        (lambda path: plot_quality_histogram([0.5], [0], list("abcdefgh"), path, ""), "8 categories, more than the 7"),
+        (
+            lambda path: plot_embedding_map(np.eye(3), [0] * 3, CLASSES, ["a"] * 3, path, "", ""),
+            "3 embeddings, 3 labels, 3 groups",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_named(tmp_path, call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call(tmp_path / "figure.png")
+    assert "figure.png" in str(error.value)
