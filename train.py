@@ -1,7 +1,12 @@
-"""Train and evaluate a respiratory-sound classifier: `accelerate launch train.py [RECIPE] [--option value ...]`.
+"""Train and evaluate respiratory-sound classifiers.
+
+    accelerate launch train.py [RECIPE] [--option value ...]
+    accelerate launch train.py --evaluate CHECKPOINT --on DATASET:SPLIT ... [--option value ...]
+    accelerate launch train.py --benchmark ROW ... --seeds 1 2 3 [--option value ...]
 
 A run reads a dataset, fits the preparation on its training cycles, trains, and writes a folder that holds the
 checkpoint in its published form, its scores and predictions, figures, a model card, and the recipe to run it again.
+An evaluation scores a finished checkpoint on any dataset. A benchmark is a grid of runs, and the table of them all.
 """
 
 import hashlib
@@ -10,6 +15,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,17 +24,25 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 import hf_datasets
 import modeling_qlung
-from modeling_qlung import QLungFeatureExtractor
-from modeling_qlung.evaluation import CLASS_NAMES
+from modeling_qlung import QLungFeatureExtractor, QLungForAudioClassification
+from modeling_qlung.evaluation.benchmark import write_benchmark
+from modeling_qlung.evaluation.inspection import attention_map, embeddings
 from modeling_qlung.evaluation.model_card import RunDescription, build_model_card
-from modeling_qlung.evaluation.plots import plot_confusion_matrix, plot_training_curves
+from modeling_qlung.evaluation.plots import (
+    plot_attention,
+    plot_confusion_matrix,
+    plot_embedding_map,
+    plot_quality_histogram,
+    plot_training_curves,
+)
 from modeling_qlung.evaluation.report import (
+    format_scores,
     format_table,
     read_predictions,
     score_predictions,
@@ -37,14 +51,38 @@ from modeling_qlung.evaluation.report import (
     write_predictions,
     write_text,
 )
-from modeling_qlung.training.arguments import Arguments, DataArguments, MethodArguments, Recipe, parse
+from modeling_qlung.evaluation.tasks import TASKS, Task, task_of
+from modeling_qlung.training.arguments import (
+    Arguments,
+    DataArguments,
+    EvaluationArguments,
+    MethodArguments,
+    QLungTrainingArguments,
+    Recipe,
+    complete_options,
+    parse,
+    parse_benchmark,
+    parse_evaluation,
+)
+from modeling_qlung.training.as_published import cut_recordings
 from modeling_qlung.training.build import build_trainer
-from modeling_qlung.training.data import CycleCollator, decode_cycles, fit_normalization, fit_quality
+from modeling_qlung.training.data import (
+    CycleCollator,
+    control_quality,
+    decode_cycles,
+    fit_normalization,
+    fit_quality,
+    score_quality,
+)
+from modeling_qlung.training.flatness import measure_flatness
+from modeling_qlung.training.grid import GridRun, expand_rows, row_arguments, run_grid
+from modeling_qlung.training.losses import CrossEntropyLoss
 from modeling_qlung.training.sampling import patient_split
 from modeling_qlung.training.trainer import QLungTrainer, last_whole_checkpoint, leave_process_group
 
 logger = logging.getLogger("train")
 
+MAPPED = 1500  # embeddings in a map, evenly from what a checkpoint is tried on
 LOCAL = "local:"  # stands before the name of a pretrained encoder's folder in what is published
 
 # What says where, how fast and how noisily a run goes, and nothing of what comes out: it is neither compared with an
@@ -56,6 +94,8 @@ OF_THE_MACHINE = {
     "dataloader_pin_memory",
     "ddp_backend",
     "disable_tqdm",
+    "flatness_cycles",
+    "folds",
     "log_level",
     "output_dir",
     "report_to",
@@ -91,22 +131,38 @@ class Data:
         raise SystemExit(f"--select_on {select_on}: choose validation, last, or of the test splits {list(self.tests)}.")
 
 
+def load_splits(
+    args: DataArguments | EvaluationArguments, dataset: str, config: str, **options: Any
+) -> dict[str, Dataset]:
+    """Load a dataset's splits."""
+    shared: dict[str, Any] = {"allow_missing_audio": args.allow_missing_audio, "cache_dir": args.cache_dir}
+    return hf_datasets.load(dataset, args.data_dir, config, **shared, **options)
+
+
 def load_data(args: DataArguments, seed: int, sampling_rate: int) -> Data:
     """Load, decode and split; the validation patients depend on the seed."""
+    task = TASKS[args.task]
     options: dict[str, Any] = {"continuous_as_wheeze": True} if args.continuous_as_wheeze else {}
     if args.dataset == "simulated":
         options["train_patients"] = args.simulated_patients
-    splits = hf_datasets.load(
-        args.dataset, args.data_dir, allow_missing_audio=args.allow_missing_audio, cache_dir=args.cache_dir, **options
-    )
+    published = "preparation" in (args.as_published or ())
+    splits = load_splits(args, args.dataset, "recordings" if published else task.config, **options)
     if "train" not in splits:
         raise SystemExit(f"{args.data_dir} holds no training part of {args.dataset}, only {', '.join(splits)}.")
     missing = splits["train"].info.description or None
-    tests = {name: decode_cycles(split, sampling_rate) for name, split in splits.items()}
-    train = tests.pop("train")
+    if published:
+        splits = {name: cut_recordings(split, sampling_rate) for name, split in splits.items()}
+    tests = {name: decode_cycles(split, sampling_rate, task) for name, split in splits.items()}
+    if args.fold is None:
+        train = tests.pop("train")
+    else:  # RespireNet's folds take no notice of the official split
+        together = concatenate_datasets(list(tests.values()))
+        in_fold = np.array(together["fold"][:]) == args.fold
+        train = together.select(np.flatnonzero(~in_fold))
+        tests = {"test": together.select(np.flatnonzero(in_fold))}
     labelled = np.flatnonzero([label is not None for label in train["label"][:]])
     if unlabelled := len(train) - len(labelled):
-        logger.warning("%d of %d training cycles have no label and are not used.", unlabelled, len(train))
+        logger.warning("%d of %d training %s have no label and are not used.", unlabelled, len(train), task.config)
         train = train.select(labelled)
     validation = None
     if args.validation_fraction:
@@ -120,6 +176,7 @@ def fit_extractor(args: DataArguments, train: Dataset) -> QLungFeatureExtractor:
     extractor = QLungFeatureExtractor(
         duration=args.duration,
         num_frames=args.num_frames,
+        front_end=args.front_end,
         padding=args.padding,
         fade_in=args.fade_in,
         fade_out=args.fade_out,
@@ -130,9 +187,17 @@ def fit_extractor(args: DataArguments, train: Dataset) -> QLungFeatureExtractor:
     return extractor
 
 
+def with_quality(train: Dataset, extractor: QLungFeatureExtractor, control: str, seed: int) -> Dataset:
+    """Give the training cycles the column `quality`, measured or a control."""
+    quality = control_quality(train, score_quality(extractor, train), control, seed)
+    columns = train.format["columns"]
+    return train.add_column("quality", quality).with_format("numpy", columns=columns, output_all_columns=True)
+
+
 def run(recipe: Recipe, arguments: Arguments, seed: int, run_dir: Path) -> dict[str, Any]:
     """Train and evaluate one seed, or read the scores of a run that has ended; gives its metrics."""
     data_args, _, method, training = arguments
+    task = TASKS[data_args.task]
     options = publishable(recipe.options, seed)
     check_same_run(run_dir, options)
     if (run_dir / "metrics.json").is_file():
@@ -144,9 +209,11 @@ def run(recipe: Recipe, arguments: Arguments, seed: int, run_dir: Path) -> dict[
     training.output_dir = str(run_dir / "checkpoints")
     try:
         with training.main_process_first(desc="reading the data"):
-            data = load_data(data_args, seed, QLungFeatureExtractor().sampling_rate)
+            data = load_data(data_args, seed, QLungFeatureExtractor(front_end=data_args.front_end).sampling_rate)
         evaluated = data.scored_along(method.select_on)
-        trainer = build_trainer(data.train, evaluated, fit_extractor(data_args, data.train), arguments)
+        extractor = fit_extractor(data_args, data.train)
+        train = with_quality(data.train, extractor, data_args.quality_control, seed)
+        trainer = build_trainer(train, evaluated, extractor, arguments)
     except (OSError, ValueError) as error:  # missing files, no network, impossible settings: their messages say it all
         message = str(error).replace("allow_missing_audio=True", "--allow_missing_audio true")
         raise SystemExit(f"train.py: error: {message}") from error
@@ -159,16 +226,24 @@ def run(recipe: Recipe, arguments: Arguments, seed: int, run_dir: Path) -> dict[
     trainer.train(resume_from_checkpoint=checkpoint)
     if method.select_on != "last" and trainer.state.best_model_checkpoint is None:
         raise SystemExit(
-            f"No epoch could be chosen: score_4class was never defined on {method.select_on}, which lacks normal or "
+            f"No epoch could be chosen: {task.headline} was never defined on {method.select_on}, which lacks normal or "
             "abnormal cycles. Choose another --seed for the validation patients, or --select_on last."
         )
     trainer.save_model(str(run_dir))
+    if method.flatness_cycles and trainer.is_world_process_zero():
+        flatness = measure_flatness(trainer.model, extractor, data.train, num_cycles=method.flatness_cycles)
+        write_metrics(run_dir / "flatness.json", flatness)
     rows = [row for name, cycles in data.held_out.items() for row in predict(trainer, name, cycles)]
     metrics: dict[str, Any] = {}
     if trainer.is_world_process_zero():
         write_predictions(run_dir / "predictions.parquet", rows)
-        metrics = score_predictions(read_predictions(run_dir / "predictions.parquet"))
-        report(run_dir, describe(recipe, options, data, method, trainer, metrics, seed), trainer.state.log_history)
+        metrics = score_predictions(read_predictions(run_dir / "predictions.parquet"), task)
+        description = describe(recipe, options, data, method, trainer, metrics, seed)
+        if trainer.loss.uses_quality:
+            description = replace(description, figures={"Quality of the training cycles": "quality.png"})
+            classes, title = task.classes, f"{data_args.dataset}, training {task.config}"
+            plot_quality_histogram(train["quality"][:], train["label"][:], classes, run_dir / "quality.png", title)
+        report(run_dir, description, trainer.state.log_history)
         # Neither is for publishing: one is a pickle that names this machine's folders, the other was for resuming.
         (run_dir / "training_args.bin").unlink(missing_ok=True)
         shutil.rmtree(training.output_dir, ignore_errors=True)
@@ -222,7 +297,7 @@ def predict(trainer: QLungTrainer, split: str, cycles: Dataset) -> list[dict[str
     known = cycles.with_format(None).remove_columns("waveform")
     return [
         {
-            "row_id": f"{row['recording_id']}:{row['cycle_index']}",
+            "row_id": ":".join(str(row[name]) for name in ("recording_id", "cycle_index") if name in row),
             "patient_id": row["patient_id"],
             "split": split,
             "label": row["label"],
@@ -246,6 +321,7 @@ def describe(
     """Collect what the model card tells."""
     config, extractor = trainer.model.config, trainer.feature_extractor
     dataset = options.get("dataset", DataArguments.dataset)
+    task = TASKS[options.get("task", DataArguments.task)]
     told = about(recipe)
     local = str(options.get("encoder", "")).startswith(LOCAL)
     folders = [name for name, asked in (("data_dir", dataset != "simulated"), ("encoder", local)) if asked]
@@ -258,7 +334,8 @@ def describe(
         published={} if data.missing else told.get("published", {}),
         options=options,
         dataset=dataset,
-        counts={name: count_classes(part) for name, part in {"train": data.train, **data.held_out}.items()},
+        task=task,
+        counts={name: count_classes(part, task) for name, part in {"train": data.train, **data.held_out}.items()},
         shared_patients={
             name: len(training_patients & set(part["patient_id"][:])) for name, part in data.held_out.items()
         },
@@ -290,19 +367,19 @@ def describe(
     )
 
 
-def count_classes(cycles: Dataset) -> dict[str, int]:
+def count_classes(cycles: Dataset, task: Task) -> dict[str, int]:
     """Count the cycles of each class."""
-    labels = [label for label in cycles["label"][:] if label is not None]
-    return dict(zip(CLASS_NAMES, np.bincount(labels, minlength=len(CLASS_NAMES)).tolist(), strict=True))
+    labels = np.array([label for label in cycles["label"][:] if label is not None], dtype=np.int64)
+    return dict(zip(task.classes, np.bincount(labels, minlength=len(task.classes)).tolist(), strict=True))
 
 
 def report(run_dir: Path, description: RunDescription, log_history: list[dict[str, Any]]) -> None:
     """Draw the figures and write the model card."""
-    figures = {}
+    figures = dict(description.figures)
     for name, scores in description.metrics.items():
         figures[f"Confusion matrix, {name}"] = file = f"confusion_matrix_{name}.png"
         title = f"{description.recipe}, {description.dataset} {name}"
-        plot_confusion_matrix(scores["confusion_matrix"], CLASS_NAMES, run_dir / file, title)
+        plot_confusion_matrix(scores["confusion_matrix"], description.task.classes, run_dir / file, title)
     if any("loss" in entry or "eval_loss" in entry for entry in log_history):
         figures["Training curves"] = "training_curves.png"
         plot_training_curves(log_history, run_dir / "training_curves.png")
@@ -317,23 +394,157 @@ def use_all_cores() -> None:
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def main(argv: list[str]) -> None:
-    """Run a recipe, once per seed, and print its scores."""
-    use_all_cores()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    recipe, (_, _, method, training) = parse(argv)
-    if training.process_index:
+def train(argv: list[str]) -> None:
+    """Run a recipe, once per fold and seed, and print its scores."""
+    recipe, (data, _, method, training) = parse(argv)
+    quiet_unless_first(training.process_index)
+    runs = [run(*at_fold(argv, fold), seed, run_dir) for fold, seed, run_dir in parts(data, method, training)]
+    if training.process_index == 0:
+        summary = summarize_seeds(runs, TASKS[data.task])
+        output_dir = Path(str(training.output_dir))
+        if method.seeds or method.folds:
+            write_metrics(output_dir / "summary.json", summary)
+        print(f"\n{recipe.name}, {len(runs)} run{'s' if len(runs) > 1 else ''}, in {output_dir}\n")
+        print(format_table(summary, TASKS[data.task]))
+
+
+def evaluate(argv: list[str]) -> None:
+    """Score a checkpoint on any dataset, and print its scores."""
+    args = parse_evaluation(argv)
+    try:
+        if not Path(args.evaluate).is_dir() and args.evaluate.startswith(("/", ".", "~")):
+            raise OSError(f"{args.evaluate} is neither a folder nor on the Hub")
+        model = QLungForAudioClassification.from_pretrained(args.evaluate)
+        extractor = QLungFeatureExtractor.from_pretrained(args.evaluate)
+        task = task_of(model.config.id2label.values())
+        output_dir = Path(args.output_dir or f"runs/evaluation-{Path(args.evaluate).resolve().name}")
+        training = QLungTrainingArguments(
+            output_dir=str(output_dir),
+            per_device_eval_batch_size=args.batch_size,
+            use_cpu=args.use_cpu,
+            ddp_backend=args.ddp_backend,
+            label_names=["labels"],
+        )
+        quiet_unless_first(training.process_index)
+        trainer = QLungTrainer(model, training, loss=CrossEntropyLoss(), feature_extractor=extractor, task=task)
+        with training.main_process_first(desc="reading the data"):
+            parts = {name: load_part(args, name, extractor.sampling_rate, task) for name in args.on}
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"train.py: error: {error}") from error
+    rows = [row for name, cycles in parts.items() for row in predict(trainer, name, cycles)]
+    if trainer.is_world_process_zero():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_predictions(output_dir / "predictions.parquet", rows)
+        metrics = score_predictions(read_predictions(output_dir / "predictions.parquet"), task)
+        write_metrics(output_dir / "metrics.json", metrics)
+        draw_checkpoint(output_dir, Path(args.evaluate).name, trainer, parts, metrics, task)
+        print(f"\n{args.evaluate}, in {output_dir}\n")
+        print(format_scores(metrics, task))
+
+
+def draw_checkpoint(
+    folder: Path,
+    title: str,
+    trainer: QLungTrainer,
+    parts: dict[str, Dataset],
+    metrics: dict[str, Any],
+    task: Task,
+) -> None:
+    """Draw what a checkpoint confuses, how it embeds what it was tried on, and where it attends."""
+    model, extractor = trainer.model, trainer.feature_extractor
+    for name, scores in metrics.items():
+        figure = folder / f"confusion_matrix_{name.replace(':', '_')}.png"
+        plot_confusion_matrix(scores["confusion_matrix"], task.classes, figure, f"{title} on {name}")
+    rng, shown, groups = np.random.default_rng(0), [], []
+    for name, cycles in parts.items():
+        labelled = np.flatnonzero([label is not None for label in cycles["label"][:]])
+        drawn = np.sort(rng.permutation(labelled)[: MAPPED // len(parts)])
+        shown.append(cycles.select(drawn))
+        groups += [name] * len(drawn)
+    labels = [label for cycles in shown for label in cycles["label"][:]]
+    points = np.concatenate([embeddings(model, extractor, cycles) for cycles in shown if len(cycles)])
+    plot_embedding_map(points, labels, task.classes, groups, folder / "embedding_map.png", title, "dataset")
+    encoder = model.config.audio_config
+    if encoder.model_type == "audio-spectrogram-transformer":
+        abnormal = [row for cycles in shown for row in cycles if row["label"]]
+        waveform = (abnormal or [shown[0][0]])[0]["waveform"]
+        features = extractor.extract_features(extractor.fit_length(torch.from_numpy(waveform.copy()))[None])[0].cpu()
+        strides = {name: getattr(encoder, name) for name in ("patch_size", "time_stride", "frequency_stride")}
+        attention = attention_map(model, extractor, waveform)
+        plot_attention(features.numpy(), attention, folder / "attention.png", f"{title}, one cycle", **strides)
+
+
+def load_part(args: EvaluationArguments, name: str, sampling_rate: int, task: Task) -> Dataset:
+    """Load and decode what `DATASET:SPLIT` names.
+
+    Raises:
+        ValueError: there is no such dataset or split.
+    """
+    dataset, _, split = name.partition(":")
+    splits = load_splits(args, dataset, task.config)
+    if split not in splits:
+        raise ValueError(f"{dataset} has no split {split!r} here, only {', '.join(splits)}")
+    return decode_cycles(splits[split], sampling_rate, task)
+
+
+def benchmark(argv: list[str]) -> None:
+    """Make the runs of a grid that have not ended, and write the table of all."""
+    args, shared = parse_benchmark(argv)
+    if args.baseline not in (None, *expand_rows(args.benchmark)):
+        raise SystemExit(f"--baseline {args.baseline} is none of the rows {', '.join(expand_rows(args.benchmark))}")
+    if os.environ.get("RANK", "0") != "0":  # the grid starts its own processes, one per GPU
+        return
+    output_dir, rows = Path(args.output_dir), expand_rows(args.benchmark)
+    runs = []
+    for row in rows:
+        for seed in args.seeds:
+            folder = output_dir / row / f"seed_{seed}"
+            words = [*row_arguments(row), *shared, f"--seed={seed}", f"--flatness_cycles={args.flatness_cycles}"]
+            recipe, _ = parse(words)  # a row that cannot run is refused before any runs
+            check_same_run(folder, publishable(recipe.options, seed))
+            runs.append(GridRun(f"{row}, seed {seed}", folder, [*words, f"--output_dir={folder}"]))
+    pending = [run for run in runs if not (run.folder / "metrics.json").is_file()]
+    logger.warning("%d runs: %d have ended, %d to do.", len(runs), len(runs) - len(pending), len(pending))
+    failed = run_grid(__file__, pending)
+    if len(failed) == len(runs):
+        raise SystemExit(f"All {len(runs)} runs failed.")
+    print(write_benchmark(output_dir, rows, complete_options, args.baseline))
+    if failed:
+        raise SystemExit(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again.")
+
+
+def at_fold(argv: list[str], fold: int | None) -> tuple[Recipe, Arguments]:
+    """Parse once more, for each run changes its arguments; with the fold that it is about."""
+    recipe, arguments = parse(argv)
+    if fold is not None:
+        arguments[0].fold = recipe.options["fold"] = fold
+    return recipe, arguments
+
+
+def parts(data: DataArguments, method: MethodArguments, training: Any) -> list[tuple[int | None, int, Path]]:
+    """Give the fold, seed and folder of each run."""
+    found: list[tuple[int | None, int, Path]] = []
+    folds: Sequence[int | None] = method.folds or [data.fold]
+    for fold in folds:
+        for seed in method.seeds or [training.seed]:
+            names = [f"fold_{fold}"] * bool(method.folds) + [f"seed_{seed}"] * bool(method.seeds)
+            found.append((fold, seed, Path(str(training.output_dir), *names)))
+    return found
+
+
+def quiet_unless_first(process_index: int) -> None:
+    """Let one of several processes speak."""
+    if process_index:
         transformers_logging.set_verbosity_error()
         logging.disable(logging.WARNING)
-    output_dir = Path(str(training.output_dir))
-    run_dirs = {seed: output_dir / f"seed_{seed}" for seed in method.seeds or ()} or {training.seed: output_dir}
-    runs = [run(*parse(argv), seed, run_dir) for seed, run_dir in run_dirs.items()]  # a run changes its arguments
-    if training.process_index == 0:
-        summary = summarize_seeds(runs)
-        if method.seeds:
-            write_metrics(output_dir / "summary.json", summary)
-        print(f"\n{recipe.name}, {len(runs)} seed{'s' if len(runs) > 1 else ''}, in {output_dir}\n")
-        print(format_table(summary))
+
+
+def main(argv: list[str]) -> None:
+    """Train, evaluate or benchmark, by the first word."""
+    use_all_cores()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    modes = {"--evaluate": evaluate, "--benchmark": benchmark}
+    modes.get(argv[0] if argv else "", train)(argv)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,11 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+import train as train_script
+from hf_datasets.icbhi import _FOLD_OF as FOLD_OF
 from modeling_qlung.evaluation import icbhi_scores
+from modeling_qlung.evaluation.tasks import TASKS
+from modeling_qlung.training.arguments import parse, recipe_names
 from tests.test_published_files import open_elsewhere
 
 ROOT = Path(__file__).parents[1]
@@ -57,8 +61,9 @@ def test_a_run_leaves_everything_that_its_readers_need(two_seeds):
     folder, _, output = two_seeds
     run = folder / "seed_1"
     names = {path.name for path in run.iterdir()}
-    code = {"modeling_qlung.py", "configuration_qlung.py", "feature_extraction_qlung.py", "quality_qlung.py"}
-    figures = {"confusion_matrix_test.png", "confusion_matrix_validation.png", "training_curves.png"}
+    published = ("configuration", "feature_extraction", "filterbank", "modeling", "pretrained", "quality")
+    code = {f"{name}_qlung.py" for name in published}
+    figures = {"confusion_matrix_test.png", "confusion_matrix_validation.png", "training_curves.png", "quality.png"}
     files = {"config.json", "preprocessor_config.json", "model.safetensors", "metrics.json", "predictions.parquet"}
     assert names == code | figures | files | {"README.md", "recipe.yaml"}
 
@@ -236,30 +241,170 @@ def test_a_cpu_is_used_whole_under_a_launcher(monkeypatch):
     assert given == [8, 2]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["ast-ce", "qlung-ast", "sam-ast", "qlung-sam-ast"])
-def test_the_papers_recipes_take_real_steps(recipe, real_icbhi, shared_cache, tmp_path):
-    """On real ICBHI cycles, with AudioSet-shaped weights of a narrow encoder."""
-    from transformers import ASTConfig, ASTForAudioClassification
+NARROW_AST = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+NARROW_CLAP = {
+    "patch_embeds_hidden_size": 16, "hidden_size": 64, "depths": [1, 1, 1], "num_attention_heads": [1, 2, 2],
+    "projection_hidden_size": 64,
+}  # fmt: skip
 
-    encoder = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    ASTForAudioClassification(ASTConfig(**encoder, num_labels=527)).save_pretrained(tmp_path / "ast")
-    selection = "last" if recipe == "sam-ast" else "test"
-    output = train(
-        shared_cache, recipe, f"--data_dir={real_icbhi}", "--allow_missing_audio=true", f"--encoder={tmp_path / 'ast'}",
-        "--max_steps=4", "--save_strategy=steps", "--save_steps=2", "--eval_strategy=steps", "--eval_steps=2",
-        "--disable_tqdm=true", f"--select_on={selection}", f"--output_dir={tmp_path / 'run'}",
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """AudioSet's AST and LAION's CLAP in shape, narrow in width."""
+    from transformers import ASTConfig, ASTForAudioClassification, ClapConfig, ClapModel, ClapTextConfig
+
+    folder = tmp_path_factory.mktemp("pretrained")
+    ASTForAudioClassification(ASTConfig(**NARROW_AST, num_labels=527)).save_pretrained(folder / "ast")
+    text = ClapTextConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, projection_hidden_size=16
+    )
+    clap = ClapConfig(text_config=text.to_dict(), audio_config={**NARROW_CLAP, "projection_dim": 16}, projection_dim=16)
+    ClapModel(clap).save_pretrained(folder / "clap")
+    return folder
+
+
+def options_of_few_steps(recipe, data: dict[str, Path], pretrained: Path) -> list[str]:
+    """Four steps of a recipe as it is, on what is at hand."""
+    _, (args, model, method, _) = parse([recipe])
+    options = ["--max_steps=4", "--disable_tqdm=true", "--allow_missing_audio=true", "--per_device_eval_batch_size=16"]
+    options += [] if args.dataset == "simulated" else [f"--data_dir={data[args.dataset]}"]
+    if args.dataset == "icbhi" and method.select_on == "validation":
+        options += ["--select_on=last"]  # so few patients leave too little to choose by
+    if args.dataset != "simulated" and method.select_on != "test":
+        options += ["--save_strategy=no", "--eval_strategy=no"]
+    else:
+        options += ["--save_strategy=steps", "--save_steps=2", "--eval_strategy=steps", "--eval_steps=2"]
+    if model.encoder is not None:
+        options += [f"--encoder={pretrained / ('clap' if 'clap' in model.encoder else 'ast')}"]
+    return options if args.dataset == "icbhi" else [*options, "--validation_fraction=0", "--select_on=last"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_takes_real_steps(recipe, real_icbhi, real_sprsound, pretrained, shared_cache, tmp_path, capsys):
+    """On real recordings, with weights of narrow encoders in the pretrained ones' shape."""
+    run_dir, data = tmp_path / "run", {"icbhi": real_icbhi, "sprsound": real_sprsound}
+    options = options_of_few_steps(recipe, data, pretrained)
+    train_script.main([recipe, *options, f"--output_dir={run_dir}", f"--cache_dir={shared_cache}"])
+    assert f"\n{recipe}, 1 run, in {run_dir}\n" in capsys.readouterr().out
+    _, (args, model, method, _) = parse([recipe])
+    task, scores = TASKS[args.task], json.loads((run_dir / "metrics.json").read_text())
+    card = (run_dir / "README.md").read_text()
+    for split in scores.values():
+        assert split.keys() >= task.titles.keys()
+        assert list(split["support"]) == list(task.classes)
+    if args.dataset == "icbhi":
+        assert "864 of 920 recordings lack their audio" in card
+        assert "Published in" not in card, "scores of another training set stand beside nothing published"
+        assert sum(scores["test"]["support"].values()) == 91
+        assert ("**The epoch was chosen on the TEST part" in card) == (method.select_on == "test")
+    if args.dataset == "sprsound":
+        expected = {"4-class": (988, 16), "1-1": (1004, 0), "1-2": (1004, 0), "2-1": (379, 0), "2-2": (379, 0)}
+        intra = scores["test_intra"]
+        assert (sum(intra["support"].values()), intra["unlabelled"]) == expected[args.task]
+    if model.encoder is not None:
+        assert "fine-tuned from `" in card
+    for file in [path for path in run_dir.rglob("*") if path.is_file()]:
+        for folder in (tmp_path, pretrained):
+            assert str(folder).encode() not in file.read_bytes(), f"{file.name} names a folder of this machine"
+
+
+@pytest.mark.slow
+def test_folds_are_respirenets_and_cover_every_cycle_once(real_icbhi, shared_cache, tmp_path, capsys):
+    """Of the cycles at hand, the official split forgotten, each is tested in one fold alone."""
+    train_script.main(
+        ["ast-ce", f"--data_dir={real_icbhi}", "--allow_missing_audio=true", "--max_steps=1", "--save_strategy=no",
+         "--encoder=", "--select_on=last", "--duration=1", "--disable_tqdm=true", "--folds", "0", "1", "2", "3", "4",
+         *TINY[:4], f"--cache_dir={shared_cache}", f"--output_dir={tmp_path}"]
     )  # fmt: skip
-    assert "| test | 1 |" in output
-    card = (tmp_path / "run" / "README.md").read_text()
-    assert "864 of 920 recordings lack their audio" in card
-    assert "fine-tuned from `ast-" in card
-    assert "Published in" not in card, "scores of another training set stand beside nothing published"
-    assert "| train | 227 | 133 | 65 | 17 | 442 |" in card, "without validation patients all of the part is trained on"
-    assert ("**The epoch was chosen on the TEST part" in card) == (selection == "test")
-    assert len(pd.read_parquet(tmp_path / "run" / "predictions.parquet").query("split == 'test'")) == 91
-    for file in [path for path in (tmp_path / "run").rglob("*") if path.is_file()]:
-        assert str(tmp_path).encode() not in file.read_bytes(), f"{file.name} names a folder of this machine"
+    capsys.readouterr()
+    tests = [pd.read_parquet(tmp_path / f"fold_{fold}" / "predictions.parquet") for fold in range(5)]
+    together = pd.concat(tests)
+    assert len(together) == together["row_id"].nunique() == 442 + 91
+    for fold, test in enumerate(tests):
+        assert {FOLD_OF[patient] for patient in test["patient_id"]} == {fold}
+        assert yaml.safe_load((tmp_path / f"fold_{fold}" / "recipe.yaml").read_text())["fold"] == fold
+    assert json.loads((tmp_path / "summary.json").read_text())["test"]["score_4class"]["n"] >= 4
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_scored_on_any_dataset(two_seeds, real_icbhi, real_sprsound, shared_cache, tmp_path):
+    """Out of distribution, one model on recordings of three datasets; on its own test, the scores of its own run."""
+    both = tmp_path / "both"
+    both.mkdir()
+    for path in (*real_icbhi.iterdir(), *real_sprsound.iterdir()):
+        (both / path.name).symlink_to(path)
+    run_dir, out = two_seeds[0] / "seed_1", tmp_path / "scores"
+    parts = ["sprsound:test_intra", "icbhi:test"]
+    output = train(
+        shared_cache, "--evaluate", str(run_dir), "--on", *parts, f"--data_dir={both}", "--allow_missing_audio=true",
+        f"--output_dir={out}",
+    )  # fmt: skip
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert list(metrics) == parts
+    assert [sum(metrics[part]["support"].values()) for part in parts] == [988, 91]
+    assert "| sprsound:test_intra | 988 (16 without label) |" in output
+    assert {path.name for path in out.glob("*.png")} == {
+        "confusion_matrix_sprsound_test_intra.png",
+        "confusion_matrix_icbhi_test.png",
+        "embedding_map.png",
+        "attention.png",
+    }
+    train(shared_cache, "--evaluate", str(run_dir), "--on", "simulated:test", f"--output_dir={tmp_path / 'own'}")
+    again = json.loads((tmp_path / "own" / "metrics.json").read_text())["simulated:test"]
+    before = json.loads((run_dir / "metrics.json").read_text())["test"]
+    assert again["confusion_matrix"] == before["confusion_matrix"]
+
+
+def benchmark_options(cache, folder):
+    few = [*TINY[:4], "--duration=1.0", "--disable_tqdm=true", "--num_train_epochs=2"]
+    rows = ["quickstart", "quickstart,loss=cross_entropy", "quickstart,task=two-output"]
+    words = ["--benchmark", *rows, "--seeds", "1", "2", "--flatness_cycles=32", *few, f"--output_dir={folder}"]
+    return words, rows
+
+
+@pytest.mark.slow
+def test_a_killed_benchmark_goes_on_and_runs_nothing_twice(shared_cache, tmp_path):
+    words, rows = benchmark_options(shared_cache, tmp_path)
+    process = start(shared_cache, *words)
+    first = tmp_path / rows[0] / "seed_1" / "metrics.json"
+    deadline = time.monotonic() + 200
+    while not first.is_file():
+        assert process.poll() is None, process.communicate()[1][-4000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    before = first.stat().st_mtime_ns
+    output = train(shared_cache, *words)
+    assert first.stat().st_mtime_ns == before
+    for row in rows:
+        for seed in (1, 2):
+            run_dir = tmp_path / row / f"seed_{seed}"
+            assert json.loads((run_dir / "flatness.json").read_text())["num_cycles"] == 32
+            assert (run_dir / "metrics.json").is_file()
+    assert output.strip() == (tmp_path / "table.md").read_text().strip()
+    assert "### simulated test, 4-class" in output
+    assert "### simulated test, two-output" in output
+    assert "loss qlung → cross_entropy" in output
+    table = pd.read_csv(tmp_path / "table.csv")
+    compared = table[(table["row"] == rows[1]) & (table["score"] == "score_4class")].iloc[0]
+    scores = [json.loads((tmp_path / rows[1] / f"seed_{s}" / "metrics.json").read_text())["test"] for s in (1, 2)]
+    assert compared["mean"] == pytest.approx(sum(score["score_4class"] for score in scores) / 2)
+    assert compared["difference_low"] <= compared["difference"] <= compared["difference_high"]
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_and_does_not_stop_the_others(shared_cache, tmp_path):
+    words, rows = benchmark_options(shared_cache, tmp_path)
+    words = [word for word in words if word not in rows[1:]]
+    words.insert(2, "quickstart,encoder=/nowhere/ast")
+    process = start(shared_cache, *words)
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 1
+    assert errors.count("There is no folder /nowhere/ast") == 2
+    assert "2 of 4 runs failed; the same command tries them again." in errors
+    assert "### simulated test, 4-class" in output
 
 
 @pytest.mark.slow
@@ -278,16 +423,41 @@ def test_unlabelled_events_are_predicted_counted_and_never_scored(real_sprsound,
     assert len(pd.read_parquet(tmp_path / "run" / "predictions.parquet")) == 1004
 
 
-def test_what_is_wrong_is_said_in_one_sentence(tmp_path):
-    for options, message in (
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         (["no-such-recipe"], "There is no recipe 'no-such-recipe'. Choose one of"),
         (["quickstart", "--validation_fraction=0"], "--select_on validation needs validation patients"),
         (["quickstart", "--rho=0.1"], "--rho changes nothing without --sharpness"),
         (["quickstart", "--ema_decay=1.5"], "--ema_decay is 1.5; it must be in [0, 1)"),
-        (["quickstart", "--simulated_patients=2", "--encoder=/nowhere/ast"], "There is no folder /nowhere/ast"),
-        (["sprsound-small", f"--data_dir={tmp_path}"], "give the folder that holds BioCAS2022 as data_dir"),
-    ):
-        process = start(tmp_path / "cache", *options, f"--output_dir={tmp_path / 'run'}")
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode != 0
-        assert message in errors.splitlines()[-1], errors[-2000:]
+        (["quickstart", "--task=three-class"], "there is no task 'three-class': choose one of 4-class, two-output"),
+        (["quickstart", "--fold=1"], "--fold 1: there are the folds 0 to 4, of icbhi"),
+        (["ast-ce", "--folds", "0", "5"], "--fold 5: there are the folds 0 to 4, of icbhi"),
+        (["quickstart", "--as_published", "luck"], "--as_published luck: the faults known are preparation"),
+        (["clap-ce", "--as_published", "preparation"], "for Kaldi's front end alone"),
+        (["quickstart", "--objective=mixup"], "there is no objective 'mixup': choose one of supervised"),
+        (["quickstart", "--mix_beta=2"], "--mix_beta is no option of the objective supervised"),
+        (["--benchmark", "quickstart,rho", "--seeds", "1"], "'quickstart,rho': 'rho' is not option=value"),
+        (
+            ["--benchmark", "quickstart", "--seeds", "1", "--baseline=ce"],
+            "--baseline ce is none of the rows quickstart",
+        ),
+        (["--evaluate", "x", "--on", "icbhi"], "--on icbhi: name dataset and split, such as sprsound:test_inter"),
+        (["--evaluate", "/nowhere/run", "--on", "simulated:test"], "/nowhere/run is neither a folder nor on the Hub"),
+        (["sprsound-2-1", "--data_dir=/nowhere"], "give the folder that holds BioCAS2022 as data_dir"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(options, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        train_script.main(options)
+    said = str(ended.value.code) if isinstance(ended.value.code, str) else capsys.readouterr().err
+    assert message in said.splitlines()[-1], said
+
+
+def test_what_goes_wrong_late_ends_the_process_in_one_sentence(tmp_path):
+    options = ["quickstart", "--simulated_patients=2", "--encoder=/nowhere/ast", f"--output_dir={tmp_path / 'run'}"]
+    process = start(tmp_path / "cache", *options)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert "There is no folder /nowhere/ast" in errors.splitlines()[-1], errors[-2000:]

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -14,10 +14,21 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from ..evaluation.tasks import TASKS
+from .as_published import FAULTS
 from .losses import LOSSES
+from .objectives import OBJECTIVES
 from .sharpness import SharpnessAwareStep
 
 RECIPES = Path(__file__).parent / "recipes"
+OBJECTIVE_OPTIONS = (
+    "mix_beta",
+    "contrast_weight",
+    "contrast_temperature",
+    "contrast_negatives",
+    "target_projector",
+    "target_gradient",
+)
 LOSS_OPTIONS = (
     "margin_weight",
     "margin_scale",
@@ -41,8 +52,12 @@ class DataArguments:
     _argument_group_name = "data"
 
     dataset: str = _option("icbhi", "icbhi, sprsound or simulated.")
+    task: str = _option("4-class", f"What is asked: {', '.join(TASKS)}; 1-1 to 2-2 are SPRSound's challenge tasks.")
+    fold: int | None = _option(
+        None, "ICBHI: test on this one of RespireNet's five patient-wise folds, 0 to 4, instead of the official split."
+    )
     data_dir: str | None = _option(
-        None, "Folder that holds ICBHI_final_database or BioCAS2022; downloaded if not given."
+        None, "Folder that holds ICBHI_final_database, BioCAS2022, or both; downloaded if not given."
     )
     cache_dir: str | None = _option(None, "Folder of the built datasets; by default the Hugging Face cache.")
     allow_missing_audio: bool = _option(False, "Train on less if recordings are missing, instead of an error.")
@@ -51,16 +66,28 @@ class DataArguments:
     validation_fraction: float | None = _option(
         None, "Share of training patients kept for validation. 0.2 where they choose the epoch, otherwise none."
     )
+    as_published: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Faults of the published Patch-Mix code to reproduce, by name: {', '.join(FAULTS)}."},
+    )
+    front_end: Literal["kaldi", "clap"] = _option(
+        "kaldi", "Filterbank: Kaldi's at 16 kHz for an AST, CLAP's own at 48 kHz for its audio tower."
+    )
     duration: float = _option(8.0, "Length of the model's input, in seconds; shorter cycles are padded.")
     num_frames: int | None = _option(None, "Length in frames; those beyond the duration are zero. From the duration.")
-    padding: Literal["cyclic", "zero"] = _option("cyclic", "How shorter cycles are padded.")
+    padding: Literal["cyclic", "zero", "zero_centered"] = _option("cyclic", "How shorter cycles are padded.")
     fade_in: float = _option(0.0, "Linear fade at a clip's start, in seconds.")
     fade_out: float = _option(0.0625, "Linear fade at a padded clip's end, in seconds.")
     normalization: Literal["audioset", "train"] = _option(
-        "audioset", "Mean and deviation of the features: AudioSet's (for its weights), or fitted on the training set."
+        "audioset",
+        "Mean and deviation of the features: the front end's (AudioSet's for an AST, none for CLAP), or fitted on the "
+        "training set.",
     )
     quality_normalization: Literal["raw", "minmax", "percentile", "zscore"] = _option(
         "percentile", "How entropy and energy are normalised in the quality score, fitted on the training set."
+    )
+    quality_control: Literal["measured", "constant", "shuffled"] = _option(
+        "measured", "Replace the training cycles' quality: by its mean, or by that of other cycles at random."
     )
 
 
@@ -71,7 +98,8 @@ class ModelArguments:
     _argument_group_name = "model"
 
     encoder: str | None = _option(
-        None, "Pretrained AST: a Hub id or a folder. Without one, an AST from scratch of the sizes below."
+        None,
+        "Pretrained AST or CLAP: a Hub id or a folder. Without one, an AST from scratch of the sizes below.",
     )
     hidden_size: int = _option(768, "From scratch: width.")
     num_hidden_layers: int = _option(12, "From scratch: number of layers.")
@@ -84,10 +112,12 @@ class ModelArguments:
     patch_size: int = _option(16, "From scratch: side of a patch, in mel bands and frames.")
     patch_stride: int = _option(10, "From scratch: step between patches in both directions.")
     hidden_dropout: float = _option(0.0, "From scratch: dropout within the layers.")
-    attention: Literal["sdpa", "eager"] = _option(
-        "sdpa", "Attention kernel of the training; eager is faster in bfloat16 on a CPU."
+    attention: Literal["sdpa", "eager"] | None = _option(
+        None, "Attention kernel of the training; by default fused where there is one. Eager is faster in bf16 on a CPU."
     )
-    pooling: Literal["cls_dist", "mean"] = _option("cls_dist", "Class and distillation tokens, or mean of all tokens.")
+    pooling: Literal["cls_dist", "mean"] | None = _option(
+        None, "Class and distillation tokens (AST's default), or the mean of all tokens (CLAP's)."
+    )
     head: Literal["angular", "linear"] = _option("angular", "Cosine or affine logits.")
     scale: float = _option(37.0, "s_a: factor of the cosines in the angular head, and in the loss.")
     dropout: float = _option(0.0, "Dropout on the embedding, before the head.")
@@ -109,6 +139,23 @@ class MethodArguments:
     margin: float | None = _option(None, "arcface, cosface, adaface: the margin.")
     label_smoothing: float | None = _option(None, "Smoothing of the plain cross-entropy's targets (0).")
     class_weight_power: float = _option(0.0, "Weight classes by 1 / n^power in the plain cross-entropy.")
+    objective: str = _option(
+        "supervised",
+        "What the loss is asked of: supervised, patch_mix (mixed patches), patch_mix_contrast, or device_contrast "
+        "(SG-SCL, stethoscopes as classes of a contrast).",
+    )
+    mix_beta: float | None = _option(None, "patch_mix*: the share kept is drawn from Beta(mix_beta, mix_beta) (1).")
+    contrast_weight: float | None = _option(None, "*_contrast: weight of the contrast (1).")
+    contrast_temperature: float | None = _option(None, "*_contrast: its temperature (0.06).")
+    contrast_negatives: Literal["all", "other_class"] | None = _option(
+        None, "patch_mix_contrast: contrasted with all items, or with those of other classes (all)."
+    )
+    target_projector: bool | None = _option(
+        None, "patch_mix_contrast: project the unmixed view as well, not the mixed one alone (false)."
+    )
+    target_gradient: bool | None = _option(
+        None, "*_contrast: let the gradient through the view that is contrasted with (false)."
+    )
     margin_warmup: float = _option(0.0, "Share of training over which margins grow from 0.")
     sharpness: Literal["none", "sam", "asam", "gsam", "looksam"] = _option("none", "Sharpness-aware minimisation.")
     rho: float = _option(0.05, "Its radius.")
@@ -123,11 +170,17 @@ class MethodArguments:
     waveform_augment: bool = _option(False, "Gain U(0.9, 1.1) and white noise of 1e-4, each half of the time.")
     select_on: str = _option(
         "validation",
-        "Which epoch is kept: best score_4class on `validation` patients, the `last` one, or best on the `test` set (a "
+        "Which epoch is kept: best score on `validation` patients, the `last` one, or best on the `test` set (a "
         "test split by its name, if there are several), the published habit, which overstates every score.",
     )
     seeds: list[int] | None = field(
         default=None, metadata={"help": "Train once per seed and report mean ± sd. Default: --seed alone."}
+    )
+    folds: list[int] | None = field(
+        default=None, metadata={"help": "Train once per fold (and seed) and report mean ± sd. Default: --fold alone."}
+    )
+    flatness_cycles: int = _option(
+        0, "Measure the trained model's flatness on this many training cycles and write flatness.json."
     )
 
 
@@ -157,6 +210,36 @@ class QLungTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise Transformers takes bf16 for a request for a GPU
         super().__post_init__()
+
+
+@dataclass
+class EvaluationArguments:
+    """A checkpoint, and what it is tried on."""
+
+    evaluate: str = field(metadata={"help": "Checkpoint: a folder or a Hub id."})
+    on: list[str] = field(metadata={"help": "What it is tried on, each as DATASET:SPLIT, such as sprsound:test_inter."})
+    data_dir: str | None = _option(
+        None, "Folder that holds ICBHI_final_database, BioCAS2022, or both; downloaded if not given."
+    )
+    cache_dir: str | None = _option(None, "Folder of the built datasets; by default the Hugging Face cache.")
+    allow_missing_audio: bool = _option(False, "Score less if recordings are missing, instead of an error.")
+    batch_size: int = _option(32, "Cycles per device and batch.")
+    output_dir: str | None = _option(None, "Where scores are written. Default: runs/evaluation-CHECKPOINT.")
+    use_cpu: bool = _option(False, "Leave GPUs alone.")
+    ddp_backend: str | None = _option(None, "For several processes; gloo on CPUs.")
+
+
+@dataclass
+class BenchmarkArguments:
+    """A grid of runs; all other options go to each of them."""
+
+    benchmark: list[str] = field(
+        metadata={"help": "Rows of the table: recipes, RECIPE,option=value,..., or grids such as `study`."}
+    )
+    seeds: list[int] = field(metadata={"help": "Each row is trained once per seed."})
+    output_dir: str = _option("runs/benchmark", "Where runs, table and figures are written.")
+    baseline: str | None = _option(None, "Row that the others are compared with. Default: the first.")
+    flatness_cycles: int = _option(256, "Training cycles on which flatness is measured; 0 for none.")
 
 
 ARGUMENTS = (DataArguments, ModelArguments, MethodArguments, QLungTrainingArguments)
@@ -200,6 +283,8 @@ def read_recipe(name: str) -> Recipe:
         )
     options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     about = options.pop("about", {})
+    if "base" in options:  # what this recipe does not say is as in another one
+        options = {**read_recipe(options.pop("base")).options, **options}
     known = {option.name for group in ARGUMENTS for option in dataclasses.fields(group)}
     if unknown := sorted(set(options) - known):
         raise SystemExit(f"{path}: unknown options {', '.join(unknown)}. `train.py --help` lists them all.")
@@ -232,7 +317,9 @@ def parse(argv: list[str]) -> tuple[Recipe, Arguments]:
     arguments = cast(Arguments, tuple(groups))
     given = {word[2:].split("=")[0].replace("-", "_") for word in typed if word.startswith("--")}
     try:
+        _settle_task(arguments)
         _settle_loss(arguments, given)
+        _settle_objective(arguments, given)
         _settle_sharpness(arguments, given)
         before, after = _values(defaults), _values(groups)
         recipe.changes = {name: after[name] for name in sorted(given) if after.get(name) != recipe.options.get(name)}
@@ -241,6 +328,51 @@ def parse(argv: list[str]) -> tuple[Recipe, Arguments]:
     except ValueError as error:
         parser.error(str(error))
     return recipe, arguments
+
+
+def parse_evaluation(argv: list[str]) -> EvaluationArguments:
+    """Parse `--evaluate CHECKPOINT --on DATASET:SPLIT ... [--option value ...]`.
+
+    Raises:
+        SystemExit: after `--help`, and with a message for unknown options.
+    """
+    parser = HfArgumentParser(
+        EvaluationArguments,
+        usage="train.py --evaluate CHECKPOINT --on DATASET:SPLIT ... [--option value ...]",
+        description="Score a checkpoint.",
+        allow_abbrev=False,
+    )
+    (arguments,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    for name in arguments.on:
+        if not all(name.partition(":")):
+            parser.error(f"--on {name}: name dataset and split, such as sprsound:test_inter")
+    return arguments
+
+
+def parse_benchmark(argv: list[str]) -> tuple[BenchmarkArguments, list[str]]:
+    """Parse `--benchmark ROW ... --seeds N ...`; gives the rest of the words too, which are for every run.
+
+    Raises:
+        SystemExit: after `--help`, and with a message for what is missing.
+    """
+    parser = HfArgumentParser(
+        BenchmarkArguments,
+        usage="train.py --benchmark ROW ... --seeds N ... [--option value ...]",
+        description="Run a grid, or what is left of it, and write the table.",
+        allow_abbrev=False,
+    )
+    arguments, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    return arguments, rest
+
+
+def complete_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Give every option's value: those of a recipe, the others' defaults, and the loss's own where it has them."""
+    defaults = {f.name: f.default for group in ARGUMENTS for f in dataclasses.fields(group) if f.init}
+    complete = {**{n: None if v is dataclasses.MISSING else v for n, v in defaults.items()}, **options}
+    for name, parameter in inspect.signature(LOSSES[complete["loss"]]).parameters.items():
+        if name in complete and complete[name] is None and parameter.default is not inspect.Parameter.empty:
+            complete[name] = parameter.default
+    return complete
 
 
 def _as_words(options: dict[str, Any]) -> list[str]:
@@ -268,6 +400,23 @@ def _check_numbers(parser: HfArgumentParser, recipe: Recipe) -> None:
             raise SystemExit(
                 f"Recipe {recipe.name}: {name} is the text {value!r}. YAML needs a point in such numbers: 5.0e-5."
             )
+
+
+def _settle_task(arguments: Arguments) -> None:
+    """Check that there is such a task, and such folds."""
+    data, _, method, _ = arguments
+    if data.task not in TASKS:
+        raise ValueError(f"there is no task {data.task!r}: choose one of {', '.join(TASKS)}")
+    for fault in data.as_published or ():
+        if fault not in FAULTS:
+            raise ValueError(f"--as_published {fault}: the faults known are {', '.join(FAULTS)}")
+        if fault == "preparation" and (data.front_end != "kaldi" or TASKS[data.task].config != "cycles"):
+            raise ValueError("--as_published preparation cuts recordings into cycles, for Kaldi's front end alone")
+    if method.folds is not None and data.fold is not None:
+        raise ValueError("--fold names one fold and --folds several: give one of the two")
+    for fold in [*(method.folds or ()), *([] if data.fold is None else [data.fold])]:
+        if data.dataset != "icbhi" or not 0 <= fold < 5:
+            raise ValueError(f"--fold {fold}: there are the folds 0 to 4, of icbhi")
 
 
 def _settle_sharpness(arguments: Arguments, typed: set[str]) -> None:
@@ -298,11 +447,25 @@ def _settle_loss(arguments: Arguments, typed: set[str]) -> None:
         raise ValueError(f"the loss {method.loss} trains cosines, a linear head would infer without: --head angular")
 
 
+def _settle_objective(arguments: Arguments, typed: set[str]) -> None:
+    """Leave out what a recipe sets for another objective than the one chosen; refuse it where it was typed."""
+    method = arguments[2]
+    if method.objective not in OBJECTIVES:
+        raise ValueError(f"there is no objective {method.objective!r}: choose one of {', '.join(OBJECTIVES)}")
+    known = inspect.signature(OBJECTIVES[method.objective]).parameters
+    for name in OBJECTIVE_OPTIONS:
+        if getattr(method, name) is not None and name not in known:
+            if name in typed:
+                raise ValueError(f"--{name} is no option of the objective {method.objective}")
+            setattr(method, name, None)
+
+
 def _settle_selection(arguments: Arguments) -> None:
     """Make validation, evaluation and saving agree with what chooses the epoch."""
     data, _, method, training = arguments
-    if method.seeds is not None and len(set(method.seeds)) < len(method.seeds):
-        raise ValueError(f"--seeds {' '.join(map(str, method.seeds))} names a seed twice")
+    for name, numbers in (("seeds", method.seeds), ("folds", method.folds)):
+        if numbers is not None and len(set(numbers)) < len(numbers):
+            raise ValueError(f"--{name} {' '.join(map(str, numbers))} names a {name[:-1]} twice")
     if (arguments[1].encoder or "").startswith("local:"):
         raise ValueError(f"this run started from weights in a folder, {arguments[1].encoder}: give it as --encoder")
     if data.validation_fraction is None:
@@ -323,5 +486,5 @@ def _settle_selection(arguments: Arguments) -> None:
             f"--select_on {method.select_on} needs a checkpoint of every epoch or step that is scored: give "
             "--eval_strategy and --save_strategy the same value, and --save_steps a multiple of --eval_steps"
         )
-    training.metric_for_best_model, training.greater_is_better = "score_4class", True
+    training.metric_for_best_model, training.greater_is_better = TASKS[data.task].headline, True
     training.load_best_model_at_end = True

@@ -79,8 +79,10 @@ def test_every_recipe_parses_and_says_what_it_stands_for(name):
     parse([name])
     about = read_recipe(name).about
     assert about["description"].endswith(".")
-    assert about.keys() <= {"description", "source", "published", "unknown"}
-    assert ("published" in about) == ("source" in about)
+    assert about.keys() <= {"description", "source", "published", "selection", "unknown"}
+    assert ("selection" in about) == ("published" in about)
+    assert "source" in about or "published" not in about
+    assert "published" in about or "source" not in about or "unknown" in about
     for score, value in about.get("published", {}).items():
         assert score in ("specificity", "sensitivity_4class", "score_4class", "sensitivity_2class", "score_2class")
         assert 0 < float(str(value).split("±")[0]) < 100
