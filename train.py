@@ -32,12 +32,10 @@ import hf_datasets
 import modeling_qlung
 from modeling_qlung import QLungFeatureExtractor, QLungForAudioClassification
 from modeling_qlung.evaluation.benchmark import write_benchmark
-from modeling_qlung.evaluation.inspection import attention_map, embeddings
+from modeling_qlung.evaluation.inspection import draw_model
 from modeling_qlung.evaluation.model_card import RunDescription, build_model_card
 from modeling_qlung.evaluation.plots import (
-    plot_attention,
     plot_confusion_matrix,
-    plot_embedding_map,
     plot_quality_histogram,
     plot_training_curves,
 )
@@ -82,7 +80,6 @@ from modeling_qlung.training.trainer import QLungTrainer, last_whole_checkpoint,
 
 logger = logging.getLogger("train")
 
-MAPPED = 1500  # embeddings in a map, evenly from what a checkpoint is tried on
 LOCAL = "local:"  # stands before the name of a pretrained encoder's folder in what is published
 
 # What says where, how fast and how noisily a run goes, and nothing of what comes out: it is neither compared with an
@@ -94,8 +91,8 @@ OF_THE_MACHINE = {
     "dataloader_pin_memory",
     "ddp_backend",
     "disable_tqdm",
-    "flatness_cycles",
     "folds",
+    "inspect_cycles",
     "log_level",
     "output_dir",
     "report_to",
@@ -230,20 +227,25 @@ def run(recipe: Recipe, arguments: Arguments, seed: int, run_dir: Path) -> dict[
             "abnormal cycles. Choose another --seed for the validation patients, or --select_on last."
         )
     trainer.save_model(str(run_dir))
-    if method.flatness_cycles and trainer.is_world_process_zero():
-        flatness = measure_flatness(trainer.model, extractor, data.train, num_cycles=method.flatness_cycles)
-        write_metrics(run_dir / "flatness.json", flatness)
     rows = [row for name, cycles in data.held_out.items() for row in predict(trainer, name, cycles)]
     metrics: dict[str, Any] = {}
     if trainer.is_world_process_zero():
         write_predictions(run_dir / "predictions.parquet", rows)
         metrics = score_predictions(read_predictions(run_dir / "predictions.parquet"), task)
         description = describe(recipe, options, data, method, trainer, metrics, seed)
-        if trainer.loss.uses_quality:
-            description = replace(description, figures={"Quality of the training cycles": "quality.png"})
-            classes, title = task.classes, f"{data_args.dataset}, training {task.config}"
-            plot_quality_histogram(train["quality"][:], train["label"][:], classes, run_dir / "quality.png", title)
-        report(run_dir, description, trainer.state.log_history)
+        figures = draw_run(run_dir, description, train, trainer.state.log_history)
+        if method.inspect_cycles:
+            parts = {"train": data.train, **data.held_out}
+            figures |= draw_model(run_dir, recipe.name, trainer.model, extractor, parts, task)
+            flatness = measure_flatness(
+                trainer.model,
+                extractor,
+                data.train,
+                num_cycles=method.inspect_cycles,
+                batch_size=max(1, training.per_device_train_batch_size // 4),  # the second derivative holds more
+            )
+            write_metrics(run_dir / "flatness.json", flatness)
+        write_text(run_dir / "README.md", build_model_card(replace(description, figures=figures)))
         # Neither is for publishing: one is a pickle that names this machine's folders, the other was for resuming.
         (run_dir / "training_args.bin").unlink(missing_ok=True)
         shutil.rmtree(training.output_dir, ignore_errors=True)
@@ -373,17 +375,23 @@ def count_classes(cycles: Dataset, task: Task) -> dict[str, int]:
     return dict(zip(task.classes, np.bincount(labels, minlength=len(task.classes)).tolist(), strict=True))
 
 
-def report(run_dir: Path, description: RunDescription, log_history: list[dict[str, Any]]) -> None:
-    """Draw the figures and write the model card."""
-    figures = dict(description.figures)
+def draw_run(
+    run_dir: Path, description: RunDescription, train: Dataset, log_history: list[dict[str, Any]]
+) -> dict[str, str]:
+    """Draw a run's confusions, training curves and quality; gives the figures' names by their captions."""
+    figures, classes = {}, description.task.classes
     for name, scores in description.metrics.items():
         figures[f"Confusion matrix, {name}"] = file = f"confusion_matrix_{name}.png"
         title = f"{description.recipe}, {description.dataset} {name}"
-        plot_confusion_matrix(scores["confusion_matrix"], description.task.classes, run_dir / file, title)
+        plot_confusion_matrix(scores["confusion_matrix"], classes, run_dir / file, title)
     if any("loss" in entry or "eval_loss" in entry for entry in log_history):
         figures["Training curves"] = "training_curves.png"
         plot_training_curves(log_history, run_dir / "training_curves.png")
-    write_text(run_dir / "README.md", build_model_card(replace(description, figures=figures)))
+    if description.quality is not None:
+        figures["Quality score of the training cycles"] = "quality.png"
+        title = f"{description.dataset}, training {description.task.config}"
+        plot_quality_histogram(train["quality"][:], train["label"][:], classes, run_dir / "quality.png", title)
+    return figures
 
 
 def use_all_cores() -> None:
@@ -424,6 +432,8 @@ def evaluate(argv: list[str]) -> None:
             use_cpu=args.use_cpu,
             ddp_backend=args.ddp_backend,
             label_names=["labels"],
+            eval_strategy="no",
+            save_strategy="no",
         )
         quiet_unless_first(training.process_index)
         trainer = QLungTrainer(model, training, loss=CrossEntropyLoss(), feature_extractor=extractor, task=task)
@@ -437,41 +447,13 @@ def evaluate(argv: list[str]) -> None:
         write_predictions(output_dir / "predictions.parquet", rows)
         metrics = score_predictions(read_predictions(output_dir / "predictions.parquet"), task)
         write_metrics(output_dir / "metrics.json", metrics)
-        draw_checkpoint(output_dir, Path(args.evaluate).name, trainer, parts, metrics, task)
+        title = Path(args.evaluate).name
+        for name, scores in metrics.items():
+            figure = output_dir / f"confusion_matrix_{name.replace(':', '_')}.png"
+            plot_confusion_matrix(scores["confusion_matrix"], task.classes, figure, f"{title} on {name}")
+        draw_model(output_dir, title, model, extractor, parts, task)
         print(f"\n{args.evaluate}, in {output_dir}\n")
         print(format_scores(metrics, task))
-
-
-def draw_checkpoint(
-    folder: Path,
-    title: str,
-    trainer: QLungTrainer,
-    parts: dict[str, Dataset],
-    metrics: dict[str, Any],
-    task: Task,
-) -> None:
-    """Draw what a checkpoint confuses, how it embeds what it was tried on, and where it attends."""
-    model, extractor = trainer.model, trainer.feature_extractor
-    for name, scores in metrics.items():
-        figure = folder / f"confusion_matrix_{name.replace(':', '_')}.png"
-        plot_confusion_matrix(scores["confusion_matrix"], task.classes, figure, f"{title} on {name}")
-    rng, shown, groups = np.random.default_rng(0), [], []
-    for name, cycles in parts.items():
-        labelled = np.flatnonzero([label is not None for label in cycles["label"][:]])
-        drawn = np.sort(rng.permutation(labelled)[: MAPPED // len(parts)])
-        shown.append(cycles.select(drawn))
-        groups += [name] * len(drawn)
-    labels = [label for cycles in shown for label in cycles["label"][:]]
-    points = np.concatenate([embeddings(model, extractor, cycles) for cycles in shown if len(cycles)])
-    plot_embedding_map(points, labels, task.classes, groups, folder / "embedding_map.png", title, "dataset")
-    encoder = model.config.audio_config
-    if encoder.model_type == "audio-spectrogram-transformer":
-        abnormal = [row for cycles in shown for row in cycles if row["label"]]
-        waveform = (abnormal or [shown[0][0]])[0]["waveform"]
-        features = extractor.extract_features(extractor.fit_length(torch.from_numpy(waveform.copy()))[None])[0].cpu()
-        strides = {name: getattr(encoder, name) for name in ("patch_size", "time_stride", "frequency_stride")}
-        attention = attention_map(model, extractor, waveform)
-        plot_attention(features.numpy(), attention, folder / "attention.png", f"{title}, one cycle", **strides)
 
 
 def load_part(args: EvaluationArguments, name: str, sampling_rate: int, task: Task) -> Dataset:
@@ -499,7 +481,7 @@ def benchmark(argv: list[str]) -> None:
     for row in rows:
         for seed in args.seeds:
             folder = output_dir / row / f"seed_{seed}"
-            words = [*row_arguments(row), *shared, f"--seed={seed}", f"--flatness_cycles={args.flatness_cycles}"]
+            words = [*row_arguments(row), *shared, f"--seed={seed}", f"--inspect_cycles={args.inspect_cycles}"]
             recipe, _ = parse(words)  # a row that cannot run is refused before any runs
             check_same_run(folder, publishable(recipe.options, seed))
             runs.append(GridRun(f"{row}, seed {seed}", folder, [*words, f"--output_dir={folder}"]))

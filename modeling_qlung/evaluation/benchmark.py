@@ -24,9 +24,10 @@ Complete = Callable[[Mapping[str, Any]], dict[str, Any]]
 RESAMPLES = 5000  # so that an interval's ends, which decide whether it excludes 0, hardly depend on the draw
 
 # What tells one run of a row from another, or what is measured of it beside.
-_OF_THE_RUN = {"seed", "seeds", "fold", "folds", "flatness_cycles"}
+_OF_THE_RUN = {"seed", "seeds", "fold", "folds", "inspect_cycles"}
 _SELECTION = {"validation": "validation patients", "last": "last epoch"}
 _FLATNESS_TITLES = {
+    "loss": "Training loss",
     "increase_gradient": "Loss increase in the ρ-ball, along the gradient",
     "increase_adaptive": "the same, relative to the weights",
     "top_eigenvalue": "Top Hessian eigenvalue",
@@ -34,7 +35,8 @@ _FLATNESS_TITLES = {
 _FLATNESS_NOTE = (
     "Flatness is that of the plain cross-entropy of training cycles: its increase at distance ρ along the gradient "
     "and at 10 ρ relative to the weights (ASAM), and the Hessian's largest eigenvalue. Only the one relative to the "
-    "weights may be compared between heads, none between architectures; all shrink with the training loss."
+    "weights may be compared between heads, none between architectures; all shrink with the training "
+    "loss beside them."
 )
 
 

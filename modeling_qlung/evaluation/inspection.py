@@ -1,7 +1,8 @@
 """What a trained model makes of cycles: their embeddings, and where in a cycle it looks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,8 +12,61 @@ from transformers import PreTrainedModel
 
 from ..configuration_qlung import AST
 from ..feature_extraction_qlung import QLungFeatureExtractor
+from .plots import plot_attention, plot_embedding_map
+from .tasks import Task
 
+MAPPED = 1500  # embeddings in a map, drawn evenly from the parts
 SPECIAL_TOKENS = 2  # AST's class and distillation tokens stand before the patches
+
+
+def draw_model(
+    folder: Path,
+    title: str,
+    model: PreTrainedModel,
+    feature_extractor: QLungFeatureExtractor,
+    parts: Mapping[str, Dataset],
+    task: Task,
+) -> dict[str, str]:
+    """Draw how a model embeds cycles, by class and by part, and where it attends in one that is not normal.
+
+    Args:
+        folder: where `embedding_map.png` and `attention.png` are written.
+        title: of both figures.
+        model: of the task's classes; on a CLAP tower, no attention is drawn.
+        feature_extractor: the checkpoint's.
+        parts: rows of `decode_cycles` by name of what they are, such as a split or a dataset; at most 7.
+        task: gives the classes; rows without one are left out.
+
+    Returns:
+        File names by caption.
+    """
+    rng, drawn = np.random.default_rng(0), {}
+    for name, cycles in parts.items():
+        labelled = np.flatnonzero([label is not None for label in cycles["label"][:]])
+        if len(labelled):
+            drawn[name] = cycles.select(np.sort(rng.permutation(labelled)[: MAPPED // len(parts)]))
+    points = np.concatenate([embeddings(model, feature_extractor, cycles) for cycles in drawn.values()])
+    labels = [label for cycles in drawn.values() for label in cycles["label"][:]]
+    groups = [name for name, cycles in drawn.items() for _ in range(len(cycles))]
+    plot_embedding_map(points, labels, task.classes, groups, folder / "embedding_map.png", title, "part")
+    figures = {"Embeddings (t-SNE)": "embedding_map.png"}
+    encoder = model.config.audio_config
+    if encoder.model_type == AST:
+        last = list(drawn.values())[-1]
+        row = last[int(np.argmax(np.array(last["label"][:]) > 0))]
+        waveform = np.array(row["waveform"], dtype=np.float32)
+        inputs = feature_extractor(waveform, sampling_rate=feature_extractor.sampling_rate, return_tensors="np")
+        plot_attention(
+            inputs["input_values"][0],
+            attention_map(model, feature_extractor, waveform),
+            folder / "attention.png",
+            f"{title}: {row['recording_id']}, {task.classes[row['label']]}",
+            patch_size=encoder.patch_size,
+            time_stride=encoder.time_stride,
+            frequency_stride=encoder.frequency_stride,
+        )
+        figures["Attention over one cycle"] = "attention.png"
+    return figures
 
 
 def embeddings(

@@ -179,8 +179,10 @@ class MethodArguments:
     folds: list[int] | None = field(
         default=None, metadata={"help": "Train once per fold (and seed) and report mean ± sd. Default: --fold alone."}
     )
-    flatness_cycles: int = _option(
-        0, "Measure the trained model's flatness on this many training cycles and write flatness.json."
+    inspect_cycles: int = _option(
+        0,
+        "After training, measure the model's flatness on this many training cycles, and draw its embeddings and where "
+        "it attends.",
     )
 
 
@@ -239,7 +241,7 @@ class BenchmarkArguments:
     seeds: list[int] = field(metadata={"help": "Each row is trained once per seed."})
     output_dir: str = _option("runs/benchmark", "Where runs, table and figures are written.")
     baseline: str | None = _option(None, "Row that the others are compared with. Default: the first.")
-    flatness_cycles: int = _option(256, "Training cycles on which flatness is measured; 0 for none.")
+    inspect_cycles: int = _option(256, "As above; 0 for neither flatness nor figures of each model.")
 
 
 ARGUMENTS = (DataArguments, ModelArguments, MethodArguments, QLungTrainingArguments)

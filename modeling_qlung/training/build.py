@@ -102,7 +102,6 @@ def build_trainer(
     if "spec_augment" in faults:
         spec_augment = as_published.spec_augment(spec_augment)
     objective = build_objective(method.objective, **_given(method, OBJECTIVE_OPTIONS))
-    devices = sorted({name for part in (train, evaluated) if part is not None for name in part["device"][:]})
     callbacks: list[TrainerCallback] = [TrainingDiagnostics(method.margin_warmup)]
     if "moving_average" in faults:
         callbacks.append(as_published.HalfStepCallback())
@@ -115,7 +114,7 @@ def build_trainer(
         feature_extractor=extractor,
         task=task,
         objective=objective,
-        devices=devices if objective.needs_device else None,
+        devices=sorted(set(train["device"][:])) if objective.needs_device else None,
         callbacks=callbacks,
         sampler=WeightedEpochSampler(
             labels, len(counts), method.sampling_power, training.seed, replacement=method.sampling_power > 0

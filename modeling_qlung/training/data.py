@@ -139,7 +139,8 @@ class CycleCollator:
 
     Args:
         feature_extractor: pads and cuts the waveforms.
-        devices: names of the stethoscopes; if given, batches hold the index of each row's, `device` (batch,).
+        devices: names of the training set's stethoscopes; if given, batches hold the index of each row's, `device`
+            (batch,), -1 for another one, which only an evaluation meets.
     """
 
     def __init__(self, feature_extractor: QLungFeatureExtractor, devices: Sequence[str] | None = None):
@@ -155,7 +156,8 @@ class CycleCollator:
             "quality": torch.tensor([self.quality(row) for row in rows]),
         }
         if self.devices is not None:
-            batch["device"] = torch.tensor([self.devices.index(row["device"]) for row in rows])
+            index = {name: number for number, name in enumerate(self.devices)}
+            batch["device"] = torch.tensor([index.get(row["device"], -1) for row in rows])
         return batch
 
     def quality(self, row: Mapping[str, Any]) -> float:

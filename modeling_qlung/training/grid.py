@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -46,7 +47,7 @@ def expand_rows(names: Sequence[str]) -> list[str]:
     rows: list[str] = []
     for name in names:
         path = RECIPES / "grids" / f"{name}.yaml"
-        rows += yaml.safe_load(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else [name]
+        rows += yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else [name]
     return list(dict.fromkeys(rows))
 
 
@@ -77,6 +78,7 @@ def run_grid(script: str, runs: Sequence[GridRun]) -> list[GridRun]:
         raise SystemExit("Every GPU is in use: wait, or name one to share in CUDA_VISIBLE_DEVICES.")
     idle: list[str | None] = list(free_gpus()) if torch.cuda.is_available() else [None]
     waiting, running, failed = list(runs), [], []  # type: ignore[var-annotated]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as schedulers end a job: the runs are to end with it
     try:
         while waiting or running:
             while waiting and idle:
