@@ -10,6 +10,7 @@ An evaluation scores a finished checkpoint on any dataset. A benchmark is a grid
 """
 
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -26,12 +27,14 @@ import torch
 import yaml
 from datasets import Dataset, concatenate_datasets
 from transformers import set_seed
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 import hf_datasets
 import modeling_qlung
 from modeling_qlung import QLungFeatureExtractor, QLungForAudioClassification
 from modeling_qlung.evaluation.benchmark import write_benchmark
+from modeling_qlung.evaluation.flatness import measure_flatness
 from modeling_qlung.evaluation.inspection import draw_model
 from modeling_qlung.evaluation.model_card import RunDescription, build_model_card
 from modeling_qlung.evaluation.plots import (
@@ -63,23 +66,16 @@ from modeling_qlung.training.arguments import (
     parse_evaluation,
 )
 from modeling_qlung.training.as_published import cut_recordings
-from modeling_qlung.training.build import build_trainer
-from modeling_qlung.training.data import (
-    CycleCollator,
-    control_quality,
-    decode_cycles,
-    fit_normalization,
-    fit_quality,
-    score_quality,
-)
-from modeling_qlung.training.flatness import measure_flatness
-from modeling_qlung.training.grid import GridRun, expand_rows, row_arguments, run_grid
+from modeling_qlung.training.build import build_trainer, fit_extractor
+from modeling_qlung.training.data import CycleCollator, count_classes, decode_cycles, row_id, score_quality
+from modeling_qlung.training.grid import GridRun, expand_rows, launcher_variables, run_grid
 from modeling_qlung.training.losses import CrossEntropyLoss
 from modeling_qlung.training.sampling import patient_split
 from modeling_qlung.training.trainer import QLungTrainer, last_whole_checkpoint, leave_process_group
 
 logger = logging.getLogger("train")
 
+METRICS, FLATNESS = "metrics.json", "flatness.json"
 LOCAL = "local:"  # stands before the name of a pretrained encoder's folder in what is published
 
 # What says where, how fast and how noisily a run goes, and nothing of what comes out: it is neither compared with an
@@ -103,19 +99,33 @@ OF_THE_MACHINE = {
 }
 
 
+# What is scored and how precisely it is computed: a run that changes no more than this still stands for its row.
+OF_THE_MEASUREMENT = {
+    "also_test",
+    "attention",
+    "bf16",
+    "fp16",
+    "per_device_eval_batch_size",
+    "select_on",
+    "tf32",
+    "validation_fraction",
+}
+
+
 @dataclass
 class Data:
-    """Decoded cycles: training ones, those of validation patients (if any are kept apart), and the test splits."""
+    """Decoded cycles: training ones, those of validation patients (if any are kept apart), and what is tested on."""
 
     train: Dataset
     validation: Dataset | None
     tests: dict[str, Dataset]
+    elsewhere: dict[str, Dataset]  # of other datasets, by `DATASET:SPLIT`
     missing: str | None  # what of the dataset was not there
 
     @property
     def held_out(self) -> dict[str, Dataset]:
         """Everything that is scored in the end, by name."""
-        return {**({} if self.validation is None else {"validation": self.validation}), **self.tests}
+        return {**({} if self.validation is None else {"validation": self.validation}), **self.tests, **self.elsewhere}
 
     def scored_along(self, select_on: str) -> Dataset | None:
         """Give what is scored during training, for `--select_on`."""
@@ -129,27 +139,46 @@ class Data:
 
 
 def load_splits(
-    args: DataArguments | EvaluationArguments, dataset: str, config: str, **options: Any
-) -> dict[str, Dataset]:
-    """Load a dataset's splits."""
-    shared: dict[str, Any] = {"allow_missing_audio": args.allow_missing_audio, "cache_dir": args.cache_dir}
-    return hf_datasets.load(dataset, args.data_dir, config, **shared, **options)
+    args: DataArguments | EvaluationArguments, dataset: str, sampling_rate: int, task: Task, **options: Any
+) -> tuple[dict[str, Dataset], str | None]:
+    """Load and decode a dataset's splits; gives them, and what of the dataset was not there."""
+    if args.continuous_as_wheeze and dataset == "sprsound":
+        options["continuous_as_wheeze"] = True
+    published = "preparation" in (args.as_published or ())
+    splits = hf_datasets.load(
+        dataset,
+        args.data_dir if dataset != "simulated" else None,
+        "recordings" if published else task.config,
+        allow_missing_audio=args.allow_missing_audio,
+        cache_dir=args.cache_dir,
+        **options,
+    )
+    missing = next(iter(splits.values())).info.description or None
+    if published:
+        splits = {name: cut_recordings(split, sampling_rate) for name, split in splits.items()}
+    return {name: decode_cycles(split, sampling_rate, task) for name, split in splits.items()}, missing
+
+
+def load_part(args: DataArguments | EvaluationArguments, name: str, sampling_rate: int, task: Task) -> Dataset:
+    """Load and decode what `DATASET:SPLIT` names.
+
+    Raises:
+        ValueError: there is no such dataset or split.
+    """
+    dataset, _, split = name.partition(":")
+    splits, _ = load_splits(args, dataset, sampling_rate, task)
+    if split not in splits:
+        raise ValueError(f"{dataset} has no split {split!r} here, only {', '.join(splits)}")
+    return splits[split]
 
 
 def load_data(args: DataArguments, seed: int, sampling_rate: int) -> Data:
     """Load, decode and split; the validation patients depend on the seed."""
     task = TASKS[args.task]
-    options: dict[str, Any] = {"continuous_as_wheeze": True} if args.continuous_as_wheeze else {}
-    if args.dataset == "simulated":
-        options["train_patients"] = args.simulated_patients
-    published = "preparation" in (args.as_published or ())
-    splits = load_splits(args, args.dataset, "recordings" if published else task.config, **options)
-    if "train" not in splits:
-        raise SystemExit(f"{args.data_dir} holds no training part of {args.dataset}, only {', '.join(splits)}.")
-    missing = splits["train"].info.description or None
-    if published:
-        splits = {name: cut_recordings(split, sampling_rate) for name, split in splits.items()}
-    tests = {name: decode_cycles(split, sampling_rate, task) for name, split in splits.items()}
+    options = {"train_patients": args.simulated_patients} if args.dataset == "simulated" else {}
+    tests, missing = load_splits(args, args.dataset, sampling_rate, task, **options)
+    if "train" not in tests:
+        raise SystemExit(f"{args.data_dir} holds no training part of {args.dataset}, only {', '.join(tests)}.")
     if args.fold is None:
         train = tests.pop("train")
     else:  # RespireNet's folds take no notice of the official split
@@ -165,55 +194,50 @@ def load_data(args: DataArguments, seed: int, sampling_rate: int) -> Data:
     if args.validation_fraction:
         kept, held_out = patient_split(train["patient_id"][:], train["label"][:], args.validation_fraction, seed)
         train, validation = train.select(kept), train.select(held_out)
-    return Data(train, validation, tests, missing)
-
-
-def fit_extractor(args: DataArguments, train: Dataset) -> QLungFeatureExtractor:
-    """Make the preparation, fitted on the training cycles where the options say so."""
-    extractor = QLungFeatureExtractor(
-        duration=args.duration,
-        num_frames=args.num_frames,
-        front_end=args.front_end,
-        padding=args.padding,
-        fade_in=args.fade_in,
-        fade_out=args.fade_out,
-    )
-    if args.normalization == "train":
-        fit_normalization(extractor, train)
-    fit_quality(extractor, train, args.quality_normalization)
-    return extractor
-
-
-def with_quality(train: Dataset, extractor: QLungFeatureExtractor, control: str, seed: int) -> Dataset:
-    """Give the training cycles the column `quality`, measured or a control."""
-    quality = control_quality(train, score_quality(extractor, train), control, seed)
-    columns = train.format["columns"]
-    return train.add_column("quality", quality).with_format("numpy", columns=columns, output_all_columns=True)
+    elsewhere = {}
+    for name in args.also_test or ():
+        try:
+            elsewhere[name] = load_part(args, name, sampling_rate, task)
+        except (OSError, ValueError) as error:  # a row's other dataset may not be at hand
+            logger.warning("--also_test %s is left out: %s", name, error)
+    return Data(train, validation, tests, elsewhere, missing)
 
 
 def run(recipe: Recipe, arguments: Arguments, seed: int, run_dir: Path) -> dict[str, Any]:
-    """Train and evaluate one seed, or read the scores of a run that has ended; gives its metrics."""
-    data_args, _, method, training = arguments
-    task = TASKS[data_args.task]
+    """Train, test and inspect one seed, as far as this has not been done; gives its metrics."""
+    method, training = arguments[2:]
     options = publishable(recipe.options, seed)
     check_same_run(run_dir, options)
-    if (run_dir / "metrics.json").is_file():
+    if ended(run_dir, 0):
         logger.warning("%s has ended already; its scores are read, nothing is trained.", run_dir)
-        return json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
+    else:
+        train_and_test(recipe, arguments, seed, run_dir, options)
+    if training.process_index:
+        return {}
+    if not ended(run_dir, method.inspect_cycles):
+        inspect(arguments, seed, run_dir)
+    return json.loads((run_dir / METRICS).read_text(encoding="utf-8"))
 
+
+def ended(run_dir: Path, inspect_cycles: int) -> bool:
+    """Whether a run has been made to its end, and its model been inspected where that was asked for."""
+    return all((run_dir / name).is_file() for name in (METRICS, *([FLATNESS] if inspect_cycles else [])))
+
+
+def train_and_test(recipe: Recipe, arguments: Arguments, seed: int, run_dir: Path, options: dict[str, Any]) -> None:
+    """Train and evaluate one seed, from its last checkpoint if there is one."""
+    data_args, _, method, training = arguments
+    task = TASKS[data_args.task]
     set_seed(seed)
     training.seed = training.data_seed = seed
     training.output_dir = str(run_dir / "checkpoints")
     try:
         with training.main_process_first(desc="reading the data"):
             data = load_data(data_args, seed, QLungFeatureExtractor(front_end=data_args.front_end).sampling_rate)
-        evaluated = data.scored_along(method.select_on)
         extractor = fit_extractor(data_args, data.train)
-        train = with_quality(data.train, extractor, data_args.quality_control, seed)
-        trainer = build_trainer(train, evaluated, extractor, arguments)
+        trainer = build_trainer(data.train, data.scored_along(method.select_on), extractor, arguments)
     except (OSError, ValueError) as error:  # missing files, no network, impossible settings: their messages say it all
-        message = str(error).replace("allow_missing_audio=True", "--allow_missing_audio true")
-        raise SystemExit(f"train.py: error: {message}") from error
+        raise SystemExit(f"train.py: error: {as_options(error)}") from error
     if trainer.is_world_process_zero():
         run_dir.mkdir(parents=True, exist_ok=True)
         content = {"about": about(recipe), **options}
@@ -228,30 +252,41 @@ def run(recipe: Recipe, arguments: Arguments, seed: int, run_dir: Path) -> dict[
         )
     trainer.save_model(str(run_dir))
     rows = [row for name, cycles in data.held_out.items() for row in predict(trainer, name, cycles)]
-    metrics: dict[str, Any] = {}
     if trainer.is_world_process_zero():
-        write_predictions(run_dir / "predictions.parquet", rows)
-        metrics = score_predictions(read_predictions(run_dir / "predictions.parquet"), task)
+        metrics = score(run_dir, rows, task)
         description = describe(recipe, options, data, method, trainer, metrics, seed)
-        figures = draw_run(run_dir, description, train, trainer.state.log_history)
-        if method.inspect_cycles:
-            parts = {"train": data.train, **data.held_out}
-            figures |= draw_model(run_dir, recipe.name, trainer.model, extractor, parts, task)
-            flatness = measure_flatness(
-                trainer.model,
-                extractor,
-                data.train,
-                num_cycles=method.inspect_cycles,
-                batch_size=max(1, training.per_device_train_batch_size // 4),  # the second derivative holds more
-            )
-            write_metrics(run_dir / "flatness.json", flatness)
+        figures = draw_run(run_dir, description, data.train, trainer)
         write_text(run_dir / "README.md", build_model_card(replace(description, figures=figures)))
         # Neither is for publishing: one is a pickle that names this machine's folders, the other was for resuming.
         (run_dir / "training_args.bin").unlink(missing_ok=True)
         shutil.rmtree(training.output_dir, ignore_errors=True)
-        write_metrics(run_dir / "metrics.json", metrics)  # last: a folder with it holds a run that has ended
+        write_metrics(run_dir / METRICS, metrics)  # last: a folder with it holds a run that has ended
     trainer.accelerator.wait_for_everyone()
-    return metrics
+
+
+def inspect(arguments: Arguments, seed: int, run_dir: Path) -> None:
+    """Draw how a run's model embeds cycles and where it attends, and measure its flatness."""
+    data_args, _, method, training = arguments
+    model = QLungForAudioClassification.from_pretrained(run_dir).to(training.device)
+    extractor = QLungFeatureExtractor.from_pretrained(run_dir)
+    data = load_data(data_args, seed, extractor.sampling_rate)
+    parts = {"train": data.train, **data.held_out}
+    draw_model(run_dir, f"{run_dir.parent.name}, {run_dir.name}", model, extractor, parts, TASKS[data_args.task])
+    # The second derivative holds several times what a training step does.
+    batch_size = max(1, training.per_device_train_batch_size // 4)
+    flatness = measure_flatness(model, extractor, data.train, num_cycles=method.inspect_cycles, batch_size=batch_size)
+    write_metrics(run_dir / FLATNESS, flatness)  # last: it tells that the inspection is whole
+
+
+def score(folder: Path, rows: list[dict[str, Any]], task: Task) -> dict[str, Any]:
+    """Write the predictions, and give their scores."""
+    write_predictions(folder / "predictions.parquet", rows)
+    return score_predictions(read_predictions(folder / "predictions.parquet"), task)
+
+
+def as_options(error: Exception) -> str:
+    """Name what a library's message asks for as it is typed here."""
+    return str(error).replace("allow_missing_audio=True", "--allow_missing_audio true")
 
 
 def publishable(options: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -272,7 +307,8 @@ def about(recipe: Recipe) -> dict[str, Any]:
         return {"recipe": recipe.name, **recipe.about}
     listed = ", ".join(f"{name} {value}" for name, value in publishable(changes, 0).items() if name != "seed")
     description = recipe.about.get("description", "Options of its own.")
-    return {"recipe": recipe.name, "description": f"{description} Changed: {listed}."}
+    kept = {} if changes.keys() - OF_THE_MEASUREMENT else recipe.about
+    return {"recipe": recipe.name, **kept, "description": f"{description} Changed: {listed}."}
 
 
 def check_same_run(run_dir: Path, options: dict[str, Any]) -> None:
@@ -299,7 +335,7 @@ def predict(trainer: QLungTrainer, split: str, cycles: Dataset) -> list[dict[str
     known = cycles.with_format(None).remove_columns("waveform")
     return [
         {
-            "row_id": ":".join(str(row[name]) for name in ("recording_id", "cycle_index") if name in row),
+            "row_id": row_id(row),
             "patient_id": row["patient_id"],
             "split": split,
             "label": row["label"],
@@ -349,10 +385,11 @@ def describe(
             **{name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "numpy", "soxr")},
         },
         seed=seed,
+        sampling_rate=extractor.sampling_rate,
         num_parameters=trainer.model.num_parameters(),
         architecture={
             "encoder": config.audio_config.model_type,
-            "layers": config.audio_config.num_hidden_layers,
+            "layers": sum(getattr(config.audio_config, "depths", [config.audio_config.num_hidden_layers])),
             "hidden size": config.hidden_size,
             "frames": extractor.max_length,
             "duration (s)": extractor.duration,
@@ -369,28 +406,22 @@ def describe(
     )
 
 
-def count_classes(cycles: Dataset, task: Task) -> dict[str, int]:
-    """Count the cycles of each class."""
-    labels = np.array([label for label in cycles["label"][:] if label is not None], dtype=np.int64)
-    return dict(zip(task.classes, np.bincount(labels, minlength=len(task.classes)).tolist(), strict=True))
-
-
-def draw_run(
-    run_dir: Path, description: RunDescription, train: Dataset, log_history: list[dict[str, Any]]
-) -> dict[str, str]:
+def draw_run(run_dir: Path, description: RunDescription, train: Dataset, trainer: QLungTrainer) -> dict[str, str]:
     """Draw a run's confusions, training curves and quality; gives the figures' names by their captions."""
     figures, classes = {}, description.task.classes
     for name, scores in description.metrics.items():
-        figures[f"Confusion matrix, {name}"] = file = f"confusion_matrix_{name}.png"
-        title = f"{description.recipe}, {description.dataset} {name}"
+        file = f"confusion_matrix_{name.replace(':', '_')}.png"
+        figures[f"Confusion matrix, {name}"] = file
+        title = f"{description.recipe}, {name if ':' in name else f'{description.dataset} {name}'}"
         plot_confusion_matrix(scores["confusion_matrix"], classes, run_dir / file, title)
-    if any("loss" in entry or "eval_loss" in entry for entry in log_history):
+    history = trainer.state.log_history
+    if any("loss" in entry or "eval_loss" in entry for entry in history):
         figures["Training curves"] = "training_curves.png"
-        plot_training_curves(log_history, run_dir / "training_curves.png")
+        plot_training_curves(history, run_dir / "training_curves.png", description.task)
     if description.quality is not None:
         figures["Quality score of the training cycles"] = "quality.png"
-        title = f"{description.dataset}, training {description.task.config}"
-        plot_quality_histogram(train["quality"][:], train["label"][:], classes, run_dir / "quality.png", title)
+        quality, title = score_quality(trainer.feature_extractor, train), f"{description.dataset}, training cycles"
+        plot_quality_histogram(quality, train["label"][:], classes, run_dir / "quality.png", title)
     return figures
 
 
@@ -419,78 +450,76 @@ def train(argv: list[str]) -> None:
 def evaluate(argv: list[str]) -> None:
     """Score a checkpoint on any dataset, and print its scores."""
     args = parse_evaluation(argv)
+    name = "-".join(Path(args.evaluate).resolve().parts[-2:])
+    output_dir = Path(args.output_dir or f"runs/evaluation-{name}")
+    training = QLungTrainingArguments(
+        output_dir=str(output_dir),
+        per_device_eval_batch_size=args.per_device_eval_batch_size,
+        use_cpu=args.use_cpu,
+        ddp_backend=args.ddp_backend,
+        label_names=["labels"],
+        eval_strategy="no",
+        save_strategy="no",
+    )
+    quiet_unless_first(training.process_index)
     try:
-        if not Path(args.evaluate).is_dir() and args.evaluate.startswith(("/", ".", "~")):
+        if args.evaluate.startswith(("/", ".", "~")) and not Path(args.evaluate).is_dir():
             raise OSError(f"{args.evaluate} is neither a folder nor on the Hub")
         model = QLungForAudioClassification.from_pretrained(args.evaluate)
         extractor = QLungFeatureExtractor.from_pretrained(args.evaluate)
+        prepare_as_trained(args)
         task = task_of(model.config.id2label.values())
-        output_dir = Path(args.output_dir or f"runs/evaluation-{Path(args.evaluate).resolve().name}")
-        training = QLungTrainingArguments(
-            output_dir=str(output_dir),
-            per_device_eval_batch_size=args.batch_size,
-            use_cpu=args.use_cpu,
-            ddp_backend=args.ddp_backend,
-            label_names=["labels"],
-            eval_strategy="no",
-            save_strategy="no",
-        )
-        quiet_unless_first(training.process_index)
         trainer = QLungTrainer(model, training, loss=CrossEntropyLoss(), feature_extractor=extractor, task=task)
         with training.main_process_first(desc="reading the data"):
-            parts = {name: load_part(args, name, extractor.sampling_rate, task) for name in args.on}
+            parts = {part: load_part(args, part, extractor.sampling_rate, task) for part in args.on}
     except (OSError, ValueError) as error:
-        raise SystemExit(f"train.py: error: {error}") from error
-    rows = [row for name, cycles in parts.items() for row in predict(trainer, name, cycles)]
+        raise SystemExit(f"train.py: error: {as_options(error)}") from error
+    rows = [row for part, cycles in parts.items() for row in predict(trainer, part, cycles)]
     if trainer.is_world_process_zero():
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_predictions(output_dir / "predictions.parquet", rows)
-        metrics = score_predictions(read_predictions(output_dir / "predictions.parquet"), task)
-        write_metrics(output_dir / "metrics.json", metrics)
-        title = Path(args.evaluate).name
-        for name, scores in metrics.items():
-            figure = output_dir / f"confusion_matrix_{name.replace(':', '_')}.png"
-            plot_confusion_matrix(scores["confusion_matrix"], task.classes, figure, f"{title} on {name}")
-        draw_model(output_dir, title, model, extractor, parts, task)
+        metrics = score(output_dir, rows, task)
+        write_metrics(output_dir / METRICS, metrics)
+        for part, scores in metrics.items():
+            figure = output_dir / f"confusion_matrix_{part.replace(':', '_')}.png"
+            plot_confusion_matrix(scores["confusion_matrix"], task.classes, figure, f"{name} on {part}")
+        draw_model(output_dir, name, model, extractor, parts, task)
         print(f"\n{args.evaluate}, in {output_dir}\n")
         print(format_scores(metrics, task))
 
 
-def load_part(args: EvaluationArguments, name: str, sampling_rate: int, task: Task) -> Dataset:
-    """Load and decode what `DATASET:SPLIT` names.
-
-    Raises:
-        ValueError: there is no such dataset or split.
-    """
-    dataset, _, split = name.partition(":")
-    splits = load_splits(args, dataset, task.config)
-    if split not in splits:
-        raise ValueError(f"{dataset} has no split {split!r} here, only {', '.join(splits)}")
-    return decode_cycles(splits[split], sampling_rate, task)
+def prepare_as_trained(args: EvaluationArguments) -> None:
+    """Take from the run's own recipe, where it lies beside the checkpoint, what a checkpoint does not hold."""
+    path = cached_file(args.evaluate, "recipe.yaml", _raise_exceptions_for_missing_entries=False)
+    if path is not None:
+        options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        args.as_published = options.get("as_published")
+        args.continuous_as_wheeze = options.get("continuous_as_wheeze", False)
 
 
 def benchmark(argv: list[str]) -> None:
     """Make the runs of a grid that have not ended, and write the table of all."""
-    args, shared = parse_benchmark(argv)
-    if args.baseline not in (None, *expand_rows(args.benchmark)):
-        raise SystemExit(f"--baseline {args.baseline} is none of the rows {', '.join(expand_rows(args.benchmark))}")
     if os.environ.get("RANK", "0") != "0":  # the grid starts its own processes, one per GPU
         return
-    output_dir, rows = Path(args.output_dir), expand_rows(args.benchmark)
-    runs = []
-    for row in rows:
-        for seed in args.seeds:
-            folder = output_dir / row / f"seed_{seed}"
-            words = [*row_arguments(row), *shared, f"--seed={seed}", f"--inspect_cycles={args.inspect_cycles}"]
-            recipe, _ = parse(words)  # a row that cannot run is refused before any runs
-            check_same_run(folder, publishable(recipe.options, seed))
-            runs.append(GridRun(f"{row}, seed {seed}", folder, [*words, f"--output_dir={folder}"]))
-    pending = [run for run in runs if not (run.folder / "metrics.json").is_file()]
+    for name in launcher_variables(os.environ):  # otherwise this process would wait for those that have left
+        del os.environ[name]
+    args, shared = parse_benchmark(argv)
+    output_dir, rows = Path(args.output_dir), expand_rows(args.benchmark, args.baseline)
+    runs, pending = [], []
+    folds: Sequence[int | None] = args.folds or [None]
+    for row, fold, seed in itertools.product(rows, folds, args.seeds):
+        folder = output_dir.joinpath(row.name, *([] if fold is None else [f"fold_{fold}"]), f"seed_{seed}")
+        words = [*row.arguments, *shared, f"--seed={seed}", f"--inspect_cycles={args.inspect_cycles}"]
+        words += [] if fold is None else [f"--fold={fold}"]
+        recipe, arguments = parse(words)  # a row that cannot run is refused before any runs
+        check_same_run(folder, publishable(recipe.options, seed))
+        runs.append(GridRun(str(folder.relative_to(output_dir)), folder, [*words, f"--output_dir={folder}"]))
+        pending += [] if ended(folder, args.inspect_cycles) else [runs[-1]]
     logger.warning("%d runs: %d have ended, %d to do.", len(runs), len(runs) - len(pending), len(pending))
-    failed = run_grid(__file__, pending)
-    if len(failed) == len(runs):
+    failed = run_grid(__file__, pending, use_gpus=torch.cuda.is_available() and not arguments[3].use_cpu)
+    if not any((run.folder / METRICS).is_file() for run in runs):
         raise SystemExit(f"All {len(runs)} runs failed.")
-    print(write_benchmark(output_dir, rows, complete_options, args.baseline))
+    references = {row.name: row.reference for row in rows}
+    print(write_benchmark(output_dir, references, complete_options, args.seeds, args.folds or ()))
     if failed:
         raise SystemExit(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again.")
 
@@ -499,7 +528,7 @@ def at_fold(argv: list[str], fold: int | None) -> tuple[Recipe, Arguments]:
     """Parse once more, for each run changes its arguments; with the fold that it is about."""
     recipe, arguments = parse(argv)
     if fold is not None:
-        arguments[0].fold = recipe.options["fold"] = fold
+        arguments[0].fold = recipe.options["fold"] = recipe.changes["fold"] = fold
     return recipe, arguments
 
 
@@ -526,7 +555,7 @@ def main(argv: list[str]) -> None:
     use_all_cores()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     modes = {"--evaluate": evaluate, "--benchmark": benchmark}
-    modes.get(argv[0] if argv else "", train)(argv)
+    modes.get(argv[0].split("=")[0] if argv else "", train)(argv)
 
 
 if __name__ == "__main__":

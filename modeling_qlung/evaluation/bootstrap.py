@@ -90,15 +90,15 @@ def paired_difference_ci(
     resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
+    paired_seeds: bool = True,
 ) -> dict[str, Difference]:
     """Difference of each score, mean over seeds of one system minus mean over seeds of another on the same items.
 
     The bootstrap of `bootstrap_ci`: in each resample every seed of both systems is scored on the same patients, so
     what makes a patient hard for both cancels out. Seeds are drawn too, so the interval holds the variation between
-    patients and that of training. Where both systems have as many seeds, they are drawn in pairs, in the order given:
-    give the same seeds in the same order, since they may share held-out patients. Otherwise each system's are drawn by
-    themselves. With one seed each the interval holds the patients' variation only, and compares these two models, not
-    two ways to train.
+    patients and that of training. They are drawn in pairs, since trainings with the same seed may share held-out
+    patients, or else each system's by themselves. With one seed each the interval holds the patients' variation only,
+    and compares these two models, not two ways to train.
 
     Args:
         labels: (n,) true classes, 0..num_classes-1.
@@ -110,19 +110,24 @@ def paired_difference_ci(
         resamples: number of bootstrap resamples.
         level: coverage asked for, in (0, 1).
         seed: the same seed gives the same intervals.
+        paired_seeds: both systems have the same seeds, in the same order.
 
     Returns:
         Name -> `Difference`, in the statistic's unit, without interval where `bootstrap_ci` gives none.
 
     Raises:
-        ValueError: see `bootstrap_ci`.
+        ValueError: see `bootstrap_ci`; paired seeds of which one system has more than the other.
     """
     _check(level, resamples)
     ours = _patient_confusions(labels, predictions, patients, num_classes)
     theirs = _patient_confusions(labels, baseline, patients, num_classes)
+    if paired_seeds and len(ours) != len(theirs):
+        raise ValueError(
+            f"{len(ours)} and {len(theirs)} seeds cannot be paired: give the same ones, or paired_seeds=False"
+        )
     number, rng = ours.shape[1], np.random.default_rng(seed)
     draws, shares = _draw_patients(rng, number, resamples), _draw_seeds(rng, len(ours), resamples)
-    others = shares if len(ours) == len(theirs) else _draw_seeds(rng, len(theirs), resamples)
+    others = shares if paired_seeds else _draw_seeds(rng, len(theirs), resamples)
     resampled = _resample_patients(ours, statistic, draws), _resample_patients(theirs, statistic, draws)
     found = statistic(ours.sum(axis=1)), statistic(theirs.sum(axis=1))
     differences = {}

@@ -16,6 +16,7 @@ from .plots import plot_attention, plot_embedding_map
 from .tasks import Task
 
 MAPPED = 1500  # embeddings in a map, drawn evenly from the parts
+FEWEST_MAPPED, MOST_PARTS = 4, 7  # what t-SNE needs, and how many colours there are
 SPECIAL_TOKENS = 2  # AST's class and distillation tokens stand before the patches
 
 
@@ -27,31 +28,33 @@ def draw_model(
     parts: Mapping[str, Dataset],
     task: Task,
 ) -> dict[str, str]:
-    """Draw how a model embeds cycles, by class and by part, and where it attends in one that is not normal.
+    """Draw how a model embeds cycles, by class and by part, and where it attends in one, abnormal where there is such.
 
     Args:
         folder: where `embedding_map.png` and `attention.png` are written.
         title: of both figures.
         model: of the task's classes; on a CLAP tower, no attention is drawn.
         feature_extractor: the checkpoint's.
-        parts: rows of `decode_cycles` by name of what they are, such as a split or a dataset; at most 7.
+        parts: rows of `decode_cycles` by name of what they are, such as a split or a dataset. With more than 7 of them,
+            or fewer than 4 labelled rows in all, no map is drawn.
         task: gives the classes; rows without one are left out.
 
     Returns:
         File names by caption.
     """
-    rng, drawn = np.random.default_rng(0), {}
+    rng, drawn, figures = np.random.default_rng(0), {}, {}
     for name, cycles in parts.items():
         labelled = np.flatnonzero([label is not None for label in cycles["label"][:]])
         if len(labelled):
             drawn[name] = cycles.select(np.sort(rng.permutation(labelled)[: MAPPED // len(parts)]))
-    points = np.concatenate([embeddings(model, feature_extractor, cycles) for cycles in drawn.values()])
     labels = [label for cycles in drawn.values() for label in cycles["label"][:]]
     groups = [name for name, cycles in drawn.items() for _ in range(len(cycles))]
-    plot_embedding_map(points, labels, task.classes, groups, folder / "embedding_map.png", title, "part")
-    figures = {"Embeddings (t-SNE)": "embedding_map.png"}
+    if len(labels) >= FEWEST_MAPPED and len(drawn) <= MOST_PARTS:
+        points = np.concatenate([embeddings(model, feature_extractor, cycles) for cycles in drawn.values()])
+        plot_embedding_map(points, labels, task.classes, groups, folder / "embedding_map.png", title, "part")
+        figures["Embeddings (t-SNE)"] = "embedding_map.png"
     encoder = model.config.audio_config
-    if encoder.model_type == AST:
+    if encoder.model_type == AST and labels:
         last = list(drawn.values())[-1]
         row = last[int(np.argmax(np.array(last["label"][:]) > 0))]
         waveform = np.array(row["waveform"], dtype=np.float32)

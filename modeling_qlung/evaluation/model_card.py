@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from .report import format_mean_sd
+from .report import format_interval, format_mean_sd
 from .tasks import FOUR_CLASS, Task
 
 
@@ -24,7 +24,8 @@ class RunDescription:
         options: options of the run that differ from the defaults of `train.py`.
         dataset: "icbhi", "sprsound" or "simulated".
         counts: {split: {class: cycles}} of the data used, training and validation parts included.
-        metrics: {split: scores} as `report.score_predictions` returns them.
+        metrics: {split: scores} as `report.score_predictions` returns them; another dataset's split is called
+            `DATASET:SPLIT`.
         selection: what chose the epoch: "validation" (score on validation patients), "last" (nothing) or "test".
         command: the command line that repeats the run.
         versions: {package: version}.
@@ -33,12 +34,14 @@ class RunDescription:
         architecture: facts of the checkpoint's config, such as backbone, pooling, head, duration.
         quality: how recording quality was normalised, with the fitted statistics; None where the run did not use it.
         missing: what of the dataset was not there, None where it was complete.
-        published: {score: value in percent} of the source's row, empty where nothing was published.
+        published: {score: value in percent} of the source's row, or {split: {score: value}} where it stands for
+            several; empty where nothing was published.
         base_model: Hub id of the pretrained weights, None when they came from elsewhere.
         local_weights: name and digest of pretrained weights that came from a folder.
         shared_patients: {split: number of its patients who are also in the training part}.
         figures: {caption: file name beside the card}.
         task: what the model was asked.
+        sampling_rate: of the waveforms that the model takes, in Hz.
         repo_id: Hub id or folder, for the examples.
     """
 
@@ -58,12 +61,13 @@ class RunDescription:
     architecture: Mapping[str, Any]
     quality: Mapping[str, Any] | None = None
     missing: str | None = None
-    published: Mapping[str, float | str] = field(default_factory=dict)
+    published: Mapping[str, float | str | Mapping[str, float | str]] = field(default_factory=dict)
     base_model: str | None = None
     local_weights: str | None = None
     shared_patients: Mapping[str, int] = field(default_factory=dict)
     figures: Mapping[str, str] = field(default_factory=dict)
     task: Task = FOUR_CLASS
+    sampling_rate: int = 16000
     repo_id: str = "path/to/this/folder"
 
     def __post_init__(self) -> None:
@@ -153,14 +157,15 @@ def _header(run: RunDescription) -> ModelCardData:
         EvalResult(
             task_type="audio-classification",
             task_name="Respiratory sound classification",
-            dataset_type=run.dataset,
-            dataset_name=_DATASETS[run.dataset].title,
+            dataset_type=dataset,
+            dataset_name=_DATASETS[dataset].title,
             dataset_split=split,
             metric_type=score,
             metric_name=title,
             metric_value=round(scores[score], 2),
         )
-        for split, scores in run.metrics.items()
+        for name, scores in run.metrics.items()
+        for dataset, split in [name.split(":") if ":" in name else (run.dataset, name)]
         for score, title in run.task.titles.items()
         if scores[score] is not None
     ]
@@ -186,9 +191,10 @@ def _summary(run: RunDescription) -> str:
 
 
 def _usage(run: RunDescription) -> str:
+    kilohertz = f"{run.sampling_rate / 1000:g}"
     return f"""\
 `torch` and `transformers` are enough (`soundfile` only reads the file here). The waveform is one
-{"respiratory cycle" if run.task.config == "cycles" else "recording"}, mono, at 16 kHz.
+{"respiratory cycle" if run.task.config == "cycles" else "recording"}, mono, at {kilohertz} kHz.
 
 ```python
 import soundfile
@@ -199,7 +205,7 @@ repo = "{run.repo_id}"
 extractor = AutoFeatureExtractor.from_pretrained(repo, trust_remote_code=True)
 model = AutoModelForAudioClassification.from_pretrained(repo, trust_remote_code=True).eval()
 
-waveform, rate = soundfile.read("cycle_16khz.wav", dtype="float32")
+waveform, rate = soundfile.read("{run.task.config.removesuffix("s")}_{kilohertz}khz.wav", dtype="float32")
 inputs = extractor(waveform, sampling_rate=rate, return_tensors="pt")
 with torch.no_grad():
     logits = model(**inputs).logits
@@ -222,11 +228,21 @@ def _scores(run: RunDescription) -> str:
         "over patients, of this one run (it holds no variation between seeds)."
     ]
     parts += [_split_scores(run, split) for split in run.metrics]
-    if run.published:
-        values = ", ".join(f"{run.task.titles.get(name, name)} {value}" for name, value in run.published.items())
-        parts.append(f"Published in {run.source}: {values}.")
+    parts += _published(run)
     parts += [f"![{caption}]({name})" for caption, name in run.figures.items()]
     return "\n\n".join(parts)
+
+
+def _published(run: RunDescription) -> list[str]:
+    """One sentence, or one for each split that the source gives scores of."""
+    scores = {name: value for name, value in run.published.items() if not isinstance(value, Mapping)}
+    by_split = {f" for {name}": value for name, value in run.published.items() if isinstance(value, Mapping)}
+    return [
+        f"Published in {run.source}{place}: "
+        + ", ".join(f"{run.task.titles.get(name, name)} {value}" for name, value in of_split.items())
+        + "."
+        for place, of_split in ({"": scores} if scores else by_split).items()
+    ]
 
 
 def _split_scores(run: RunDescription, split: str) -> str:
@@ -234,7 +250,7 @@ def _split_scores(run: RunDescription, split: str) -> str:
     items = sum(scores["support"].values())
     header = f"### {split}: {items:,} {run.task.config} of {_plural(scores['patients'], 'patient')}"
     rows = [
-        f"| {title} | {format_mean_sd(scores[score], None)} | {_interval(scores['ci95'][score])} |"
+        f"| {title} | {format_mean_sd(scores[score], None)} | {format_interval(scores['ci95'][score])} |"
         for score, title in run.task.titles.items()
     ]
     classes = [
@@ -256,10 +272,6 @@ def _split_scores(run: RunDescription, split: str) -> str:
         unlabelled = _plural(scores["unlabelled"], f"further {run.task.config.removesuffix('s')}")
         tables.append(f"{unlabelled} without one of these labels: not scored.")
     return "\n\n".join([header, *tables])
-
-
-def _interval(interval: list[float] | None) -> str:
-    return f"[{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "–"
 
 
 def _plural(number: int, noun: str) -> str:

@@ -14,19 +14,13 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
+from .tasks import FOUR_CLASS, Task
+
 _INK, _MUTED, _GRID = "#22313f", "#6b7b8c", "#e6eaee"
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
 # Of categories; the first class is the normal one, and recedes.
 _CATEGORIES = ("#9aa7b3", _BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, "#e69f00")
-
-_SCORE_LINES = {
-    "eval_score_4class": ("Score (4-class)", _BLUE, "-", 2.2),
-    "eval_specificity": ("Specificity", _GREEN, "-", 1.3),
-    "eval_sensitivity_4class": ("Sensitivity (4-class)", _ORANGE, "-", 1.3),
-    "eval_score_2class": ("Score (2-class)", _SKY, "--", 1.6),
-    "eval_sensitivity_2class": ("Sensitivity (2-class)", _PURPLE, "--", 1.3),
-}
 
 
 def plot_confusion_matrix(confusion: ArrayLike, class_names: Sequence[str], path: str | Path, title: str) -> None:
@@ -85,14 +79,15 @@ def plot_confusion_matrices(
     figure.savefig(path, dpi=160)
 
 
-def plot_training_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> None:
+def plot_training_curves(log_history: Sequence[dict[str, Any]], path: str | Path, task: Task = FOUR_CLASS) -> None:
     """Draw loss (left) and scores in percent (right) over epochs as PNG, from `trainer.state.log_history`.
 
     Args:
         log_history: the Trainer's log: training entries hold `loss` and `epoch`, evaluation entries `eval_loss` and
-            the scores as `eval_score_4class`, ... Undefined scores (None, NaN) are left out of their line. Without
+            the task's scores, each as `eval_SCORE`. Undefined scores (None, NaN) are left out of their line. Without
             evaluation entries the loss stands alone.
         path: image file to write.
+        task: what was asked; gives the scores.
 
     Raises:
         ValueError: the log holds neither a loss nor a score.
@@ -103,7 +98,7 @@ def plot_training_curves(log_history: Sequence[dict[str, Any]], path: str | Path
     }
     panels = [
         (title, lines, limits)
-        for title, lines, limits in (("Loss", losses, None), ("Scores in percent", _SCORE_LINES, (0, 100)))
+        for title, lines, limits in (("Loss", losses, None), ("Scores in percent", _score_lines(task), (0, 100)))
         if any(_curve(log_history, key)[0] for key in lines)
     ]
     if not panels:
@@ -115,6 +110,18 @@ def plot_training_curves(log_history: Sequence[dict[str, Any]], path: str | Path
         axes.set_title(title, loc="left", color=_INK, weight="bold")
         axes.set_ylim(limits if limits else (0, None))
     figure.savefig(path, dpi=160)
+
+
+def _score_lines(task: Task) -> dict[str, tuple[str, str, str, float]]:
+    """Label, colour, style and width of each of a task's scores, by its key in the log; the headline stands out."""
+    known = {
+        task.headline: (_BLUE, "-", 2.2),
+        "specificity": (_GREEN, "-", 1.3),
+        task.sensitivity: (_ORANGE, "-", 1.3),
+    }
+    others = zip((name for name in task.titles if name not in known), (_PURPLE, _SKY), strict=False)
+    styles = {**known, **{name: (colour, "--", 1.3) for name, colour in others}}
+    return {f"eval_{name}": (task.titles[name], *style) for name, style in styles.items()}
 
 
 @dataclass(frozen=True)

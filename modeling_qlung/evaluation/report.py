@@ -163,16 +163,17 @@ def summarize_seeds(runs: Sequence[Mapping[str, Any]], task: Task = FOUR_CLASS) 
     for number, run in enumerate(runs):
         if set(run) != set(splits):
             raise ValueError(f"run {number} scored the splits {sorted(run)}, run 0 scored {sorted(splits)}")
-    return {s: {score: _mean_sd([run[s][score] for run in runs]) for score in task.titles} for s in splits}
+    return {s: {score: mean_sd([run[s][score] for run in runs]) for score in task.titles} for s in splits}
 
 
-def _mean_sd(values: list[float | None]) -> dict[str, Any]:
+def mean_sd(values: Sequence[float | None]) -> dict[str, Any]:
+    """Give `mean`, `sd` (ddof=1, None below two values) and `n` over what is not None, and the `values`."""
     known = [value for value in values if value is not None]
     return {
         "mean": float(np.mean(known)) if known else None,
         "sd": float(np.std(known, ddof=1)) if len(known) > 1 else None,
         "n": len(known),
-        "values": values,
+        "values": list(values),
     }
 
 
@@ -208,18 +209,24 @@ def format_scores(metrics: Mapping[str, Mapping[str, Any]], task: Task = FOUR_CL
         number = f"{sum(scores['support'].values()):,}"
         if scores["unlabelled"]:
             number += f" ({scores['unlabelled']:,} without label)"
-        cells = [f"{format_mean_sd(scores[s], None)} {format_interval(scores['ci95'][s])}".strip() for s in task.titles]
+        cells = [
+            format_mean_sd(scores[score], None) + (f" {format_interval(interval)}" if interval else "")
+            for score, interval in ((score, scores["ci95"][score]) for score in task.titles)
+        ]
         lines.append(f"| {split} | {number} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def format_interval(interval: Sequence[float] | None) -> str:
-    """`[60.12, 63.40]`, nothing where undefined."""
-    return "" if interval is None else f"[{interval[0]:.2f}, {interval[1]:.2f}]"
+def format_interval(interval: Sequence[float] | None, signed: bool = False) -> str:
+    """`[60.12, 63.40]`, or `[−0.50, +2.25]` of a difference; an en dash where undefined."""
+    if interval is None:
+        return "–"
+    ends = ", ".join(f"{end:+.2f}" if signed else f"{end:.2f}" for end in interval)
+    return f"[{ends}]".replace("-", "−")
 
 
-def format_mean_sd(mean: float | None, sd: float | None) -> str:
+def format_mean_sd(mean: float | None, sd: float | None, spec: str = ".2f") -> str:
     """`62.01 ± 1.18`, `62.01` without a deviation, an en dash without a value."""
     if mean is None:
         return "–"
-    return f"{mean:.2f}" if sd is None else f"{mean:.2f} ± {sd:.2f}"
+    return f"{mean:{spec}}" if sd is None else f"{mean:{spec}} ± {sd:{spec}}"

@@ -24,6 +24,7 @@ class Task:
         rates: maps confusion matrices (..., C, C) to named scores (...) in percent, NaN where undefined.
         titles: heading of each score in tables.
         headline: the score that chooses the epoch.
+        sensitivity: the score that the headline balances against `specificity`.
         definition: of the scores, a sentence or two for readers.
         others: class of all names that `classes` does not list; None leaves them without label.
     """
@@ -35,6 +36,7 @@ class Task:
     rates: Callable[[ArrayLike], dict[str, NDArray]]
     titles: Mapping[str, str]
     headline: str
+    sensitivity: str
     definition: str
     others: str | None = None
 
@@ -105,7 +107,7 @@ def _challenge(task: str) -> Task:
     """One of SPRSound's challenge tasks; 1-x are on events, 2-x on recordings."""
     column, config = ("event_type", "cycles") if task.startswith("1") else ("record_label", "recordings")
     others = "Adventitious" if task.endswith("-1") else None
-    scores = (sprsound_rates, _SPRSOUND_TITLES, "score", _SPRSOUND_DEFINITION)
+    scores = (sprsound_rates, _SPRSOUND_TITLES, "score", "sensitivity", _SPRSOUND_DEFINITION)
     return Task(task, SPRSOUND_TASKS[task], column, config, *scores, others)
 
 
@@ -117,6 +119,7 @@ FOUR_CLASS = Task(
     icbhi_rates,
     _FOUR_CLASS_TITLES,
     "score_4class",
+    "sensitivity_4class",
     _FOUR_CLASS_DEFINITION,
 )
 TWO_OUTPUT = Task(
@@ -127,6 +130,7 @@ TWO_OUTPUT = Task(
     binary_rates,
     _TWO_OUTPUT_TITLES,
     "score_two_output",
+    "sensitivity_two_output",
     _TWO_OUTPUT_DEFINITION,
     others="abnormal",
 )

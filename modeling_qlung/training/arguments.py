@@ -66,6 +66,10 @@ class DataArguments:
     validation_fraction: float | None = _option(
         None, "Share of training patients kept for validation. 0.2 where they choose the epoch, otherwise none."
     )
+    also_test: list[str] | None = field(
+        default=None,
+        metadata={"help": "Score the trained model elsewhere too, each as DATASET:SPLIT, such as sprsound:test_inter."},
+    )
     as_published: list[str] | None = field(
         default=None,
         metadata={"help": f"Faults of the published Patch-Mix code to reproduce, by name: {', '.join(FAULTS)}."},
@@ -181,8 +185,8 @@ class MethodArguments:
     )
     inspect_cycles: int = _option(
         0,
-        "After training, measure the model's flatness on this many training cycles, and draw its embeddings and where "
-        "it attends.",
+        "After training, draw the model's embeddings and where it attends, and measure its flatness on this many "
+        "training cycles; 0 for neither.",
     )
 
 
@@ -225,7 +229,12 @@ class EvaluationArguments:
     )
     cache_dir: str | None = _option(None, "Folder of the built datasets; by default the Hugging Face cache.")
     allow_missing_audio: bool = _option(False, "Score less if recordings are missing, instead of an error.")
-    batch_size: int = _option(32, "Cycles per device and batch.")
+    as_published: list[str] | None = field(
+        default=None,
+        metadata={"help": "As in training; taken from the run's own recipe where it is beside the checkpoint."},
+    )
+    continuous_as_wheeze: bool = _option(False, "Likewise.")
+    per_device_eval_batch_size: int = _option(32, "Cycles per device and batch.")
     output_dir: str | None = _option(None, "Where scores are written. Default: runs/evaluation-CHECKPOINT.")
     use_cpu: bool = _option(False, "Leave GPUs alone.")
     ddp_backend: str | None = _option(None, "For several processes; gloo on CPUs.")
@@ -239,9 +248,12 @@ class BenchmarkArguments:
         metadata={"help": "Rows of the table: recipes, RECIPE,option=value,..., or grids such as `study`."}
     )
     seeds: list[int] = field(metadata={"help": "Each row is trained once per seed."})
+    folds: list[int] | None = field(default=None, metadata={"help": "And once per fold of RespireNet's, 0 to 4."})
     output_dir: str = _option("runs/benchmark", "Where runs, table and figures are written.")
     baseline: str | None = _option(None, "Row that the others are compared with. Default: the first.")
-    inspect_cycles: int = _option(256, "As above; 0 for neither flatness nor figures of each model.")
+    inspect_cycles: int = _option(
+        128, "Training cycles on which each model's flatness is measured; 0 for neither flatness nor its figures."
+    )
 
 
 ARGUMENTS = (DataArguments, ModelArguments, MethodArguments, QLungTrainingArguments)
@@ -302,7 +314,8 @@ def parse(argv: list[str]) -> tuple[Recipe, Arguments]:
     """
     parser = HfArgumentParser(
         ARGUMENTS,
-        usage="train.py [RECIPE] [--option value ...]",
+        usage="train.py [RECIPE] [--option value ...]\n       train.py --evaluate CHECKPOINT --on DATASET:SPLIT ... "
+        "[--option value ...]\n       train.py --benchmark ROW ... --seeds N ... [--option value ...]",
         description=f"Train and evaluate. RECIPE: {', '.join(recipe_names())} (default: quickstart), or a YAML file.",
         allow_abbrev=False,
     )
@@ -344,10 +357,13 @@ def parse_evaluation(argv: list[str]) -> EvaluationArguments:
         description="Score a checkpoint.",
         allow_abbrev=False,
     )
-    (arguments,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    for name in arguments.on:
-        if not all(name.partition(":")):
-            parser.error(f"--on {name}: name dataset and split, such as sprsound:test_inter")
+    arguments, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if rest:
+        parser.error(f"unknown arguments {' '.join(rest)}; `train.py --evaluate --help` lists them all")
+    try:
+        _check_parts("on", arguments.on)
+    except ValueError as error:
+        parser.error(str(error))
     return arguments
 
 
@@ -409,6 +425,13 @@ def _settle_task(arguments: Arguments) -> None:
     data, _, method, _ = arguments
     if data.task not in TASKS:
         raise ValueError(f"there is no task {data.task!r}: choose one of {', '.join(TASKS)}")
+    _check_parts("also_test", data.also_test or ())
+    if "position_grid" in (data.as_published or ()) and (arguments[1].encoder is None or data.front_end != "kaldi"):
+        raise ValueError(
+            "--as_published position_grid is about the positions of a pretrained AST: give one as --encoder"
+        )
+    if "spec_augment" in (data.as_published or ()) and not method.freq_masks + method.time_masks:
+        raise ValueError("--as_published spec_augment changes nothing without masks: leave it out")
     for fault in data.as_published or ():
         if fault not in FAULTS:
             raise ValueError(f"--as_published {fault}: the faults known are {', '.join(FAULTS)}")
@@ -419,6 +442,12 @@ def _settle_task(arguments: Arguments) -> None:
     for fold in [*(method.folds or ()), *([] if data.fold is None else [data.fold])]:
         if data.dataset != "icbhi" or not 0 <= fold < 5:
             raise ValueError(f"--fold {fold}: there are the folds 0 to 4, of icbhi")
+
+
+def _check_parts(option: str, parts: Iterable[str]) -> None:
+    for part in parts:
+        if not all(part.partition(":")):
+            raise ValueError(f"--{option} {part}: name dataset and split, such as sprsound:test_inter")
 
 
 def _settle_sharpness(arguments: Arguments, typed: set[str]) -> None:

@@ -13,14 +13,31 @@ from ..evaluation.tasks import TASKS
 from ..feature_extraction_qlung import QLungFeatureExtractor
 from ..modeling_qlung import QLungForAudioClassification
 from . import as_published
-from .arguments import LOSS_OPTIONS, OBJECTIVE_OPTIONS, Arguments, MethodArguments, ModelArguments
+from .arguments import LOSS_OPTIONS, OBJECTIVE_OPTIONS, Arguments, DataArguments, MethodArguments, ModelArguments
 from .augmentation import SpecAugment, WaveformAugment
+from .data import control_quality, fit_normalization, fit_quality, score_quality
 from .diagnostics import TrainingDiagnostics
 from .losses import ClassificationLoss, MarginSchedule, build_loss
 from .objectives import build_objective
 from .sampling import WeightedEpochSampler, class_weights
 from .sharpness import SharpnessAwareStep
 from .trainer import QLungTrainer
+
+
+def fit_extractor(args: DataArguments, train: Dataset) -> QLungFeatureExtractor:
+    """Make the preparation, fitted on the training cycles where the options say so."""
+    extractor = QLungFeatureExtractor(
+        duration=args.duration,
+        num_frames=args.num_frames,
+        front_end=args.front_end,
+        padding=args.padding,
+        fade_in=args.fade_in,
+        fade_out=args.fade_out,
+    )
+    if args.normalization == "train":
+        fit_normalization(extractor, train)
+    fit_quality(extractor, train, args.quality_normalization)
+    return extractor
 
 
 def build_model(
@@ -102,7 +119,11 @@ def build_trainer(
     if "spec_augment" in faults:
         spec_augment = as_published.spec_augment(spec_augment)
     objective = build_objective(method.objective, **_given(method, OBJECTIVE_OPTIONS))
-    callbacks: list[TrainerCallback] = [TrainingDiagnostics(method.margin_warmup)]
+    quality = None
+    if data_args.quality_control != "measured":
+        measured = score_quality(extractor, train)
+        quality = control_quality(train, measured, data_args.quality_control, training.seed)
+    callbacks: list[TrainerCallback] = [TrainingDiagnostics(method.margin_warmup, task)]
     if "moving_average" in faults:
         callbacks.append(as_published.HalfStepCallback())
     return QLungTrainer(
@@ -115,6 +136,7 @@ def build_trainer(
         task=task,
         objective=objective,
         devices=sorted(set(train["device"][:])) if objective.needs_device else None,
+        quality=quality,
         callbacks=callbacks,
         sampler=WeightedEpochSampler(
             labels, len(counts), method.sampling_power, training.seed, replacement=method.sampling_power > 0

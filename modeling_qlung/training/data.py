@@ -112,22 +112,34 @@ def score_quality(feature_extractor: QLungFeatureExtractor, cycles: Dataset) -> 
     return np.array([quality_score(entropy, rms, normalization, statistics) for entropy, rms in pairs])
 
 
-def control_quality(train: Dataset, quality: np.ndarray, kind: str, seed: int) -> np.ndarray:
+def row_id(row: Mapping[str, Any]) -> str:
+    """Name a row: `RECORDING:CYCLE`, or `RECORDING` where rows are recordings."""
+    return ":".join(str(row[name]) for name in ("recording_id", "cycle_index") if name in row)
+
+
+def count_classes(cycles: Dataset, task: Task) -> dict[str, int]:
+    """Count the cycles of each class."""
+    labels = np.array([label for label in cycles["label"][:] if label is not None], dtype=np.int64)
+    return dict(zip(task.classes, np.bincount(labels, minlength=len(task.classes)).tolist(), strict=True))
+
+
+def control_quality(train: Dataset, quality: np.ndarray, kind: str, seed: int) -> dict[str, float]:
     """Replace the training cycles' quality by a control that knows nothing of them.
 
     Args:
         train: the training cycles.
         quality: their scores, (n,).
-        kind: `measured` leaves them; `constant` gives all their mean; `shuffled` hands them out at random, so that the
-            margins have the same distribution.
+        kind: `constant` gives all of them their mean; `shuffled` hands them out at random, so that the margins have the
+            same distribution.
         seed: of the shuffle.
 
     Returns:
-        (n,), to be the column `quality` that [`CycleCollator`] prefers to a measurement.
+        The quality that [`CycleCollator`] is to take for each row, by `row_id`.
     """
-    if kind == "constant":
-        return np.full_like(quality, quality.mean())
-    return np.random.default_rng(seed).permutation(quality) if kind == "shuffled" else quality
+    shown = np.full_like(quality, quality.mean())
+    if kind == "shuffled":
+        shown = np.random.default_rng(seed).permutation(quality)
+    return dict(zip(map(row_id, train.with_format(None).remove_columns("waveform")), shown.tolist(), strict=True))
 
 
 class CycleCollator:
@@ -141,11 +153,18 @@ class CycleCollator:
         feature_extractor: pads and cuts the waveforms.
         devices: names of the training set's stethoscopes; if given, batches hold the index of each row's, `device`
             (batch,), -1 for another one, which only an evaluation meets.
+        quality: what is shown in the place of a row's own quality, by `row_id`.
     """
 
-    def __init__(self, feature_extractor: QLungFeatureExtractor, devices: Sequence[str] | None = None):
+    def __init__(
+        self,
+        feature_extractor: QLungFeatureExtractor,
+        devices: Sequence[str] | None = None,
+        quality: Mapping[str, float] | None = None,
+    ):
         self.feature_extractor = feature_extractor
         self.devices = devices
+        self.shown_quality = quality or {}
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Stack the clips of a batch of rows."""
@@ -161,8 +180,9 @@ class CycleCollator:
         return batch
 
     def quality(self, row: Mapping[str, Any]) -> float:
-        """Give one row's column `quality` if it has one, or score its measured entropy and RMS."""
-        if "quality" in row:
-            return row["quality"]
+        """Give what is shown in the place of one row's quality, or score its measured entropy and RMS."""
+        shown = self.shown_quality.get(row_id(row)) if self.shown_quality else None
+        if shown is not None:
+            return shown
         extractor = self.feature_extractor
         return quality_score(row["entropy"], row["rms"], extractor.quality_normalization, extractor.quality_statistics)

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
+
+from ..evaluation.tasks import FOUR_CLASS, Task
 
 logger = logging.get_logger(__name__)
 
@@ -28,7 +31,7 @@ class TrainingDiagnostics(TrainerCallback):
 
     - A loss that is not finite, or that has left its minimum for good.
     - An oscillating training loss.
-    - The common collapse to normal: high specificity, 4-class sensitivity below 45 %.
+    - The common collapse to normal: high specificity, the task's sensitivity below 45 %.
     - A class that occurs in the evaluation and is never predicted (reads `eval_recall_*` and `eval_predicted_*`).
     - A growing gap between training and evaluation loss.
 
@@ -36,10 +39,12 @@ class TrainingDiagnostics(TrainerCallback):
 
     Args:
         margin_warmup: share of training over which the loss's margins grow: there the training loss may rise.
+        task: what is asked; gives the scores.
     """
 
-    def __init__(self, margin_warmup: float = 0.0):
+    def __init__(self, margin_warmup: float = 0.0, task: Task = FOUR_CLASS):
         self.margin_warmup = margin_warmup
+        self.finders = finders(task)
         self._said: set[str] = set()
         self._epochs = 0  # that have ended
 
@@ -55,13 +60,13 @@ class TrainingDiagnostics(TrainerCallback):
         entries = state.log_history if news else state.log_history[-1:]
         history = [entry for entry in entries if "epoch" in entry]  # lacking before the first step
         warm = [entry for entry in history if entry["step"] > self.margin_warmup * state.max_steps]
-        for name, find in FINDERS.items():
+        for name, find in self.finders.items():
             finding = None if name in self._said else find(warm if name in WARM else history)
             if finding is not None:
                 self._said.add(name)
                 logger.warning(f"Epoch {round(history[-1]['epoch'], 2):g}: {finding}")
                 if name == "not finite":
-                    self._said.update(FINDERS)  # whatever follows from it is no news
+                    self._said.update(self.finders)  # whatever follows from it is no news
 
 
 def find_not_finite(history: list[Entry]) -> str | None:
@@ -112,21 +117,19 @@ def find_oscillation(history: list[Entry]) -> str | None:
     return None
 
 
-def find_collapse_to_normal(history: list[Entry]) -> str | None:
-    """Look for high specificity with low 4-class sensitivity in every one of the last evaluations."""
-    scores = [
-        (entry["eval_specificity"], entry["eval_sensitivity_4class"])
-        for entry in _evaluations(history)[-PATIENCE:]
-        if "eval_sensitivity_4class" in entry
-    ]
+def find_collapse_to_normal(history: list[Entry], task: Task) -> str | None:
+    """Look for high specificity with low sensitivity in every one of the last evaluations."""
+    key = f"eval_{task.sensitivity}"
+    scores = [(entry["eval_specificity"], entry[key]) for entry in _evaluations(history)[-PATIENCE:] if key in entry]
     collapsed = [sp >= HIGH_SPECIFICITY and se < LOW_SENSITIVITY for sp, se in scores]  # false for NaN
     if len(collapsed) < PATIENCE or not all(collapsed):
         return None
     specificity, sensitivity = scores[-1]
     return (
-        f"specificity is {specificity:.1f} % and sensitivity (4-class) {sensitivity:.1f} %: abnormal cycles are missed "
-        "or given the wrong class. Try a higher --sampling_power (up to 1) or --class_weight_power, or class margins: "
-        "--loss qlung with a larger --target_margin."
+        f"{task.titles['specificity']} is {specificity:.1f} % and {task.titles[task.sensitivity]} {sensitivity:.1f} %: "
+        f"abnormal {task.config} are missed{' or given the wrong class' if len(task.classes) > 2 else ''}. Try a "
+        "higher --sampling_power (up to 1) or --class_weight_power, or class margins: --loss qlung with a larger "
+        "--target_margin."
     )
 
 
@@ -145,7 +148,7 @@ def find_missing_class(history: list[Entry]) -> str | None:
     )
 
 
-def find_gap(history: list[Entry]) -> str | None:
+def find_gap(history: list[Entry], task: Task) -> str | None:
     """Look for an evaluation loss well above its minimum in the last evaluations while the training loss falls."""
     evaluations = _evaluations(history)
     losses = [entry["eval_loss"] for entry in evaluations]
@@ -162,20 +165,24 @@ def find_gap(history: list[Entry]) -> str | None:
         return None
     return (
         f"eval_loss has risen from {low:.3g} (epoch {round(evaluations[best]['epoch'], 2):g}) to {losses[-1]:.3g}"
-        f"{_score(evaluations[best], evaluations[-1])} while the training loss fell from {before[-1]:.3g} to "
+        f"{_score(evaluations[best], evaluations[-1], task)} while the training loss fell from {before[-1]:.3g} to "
         f"{training[-1]['loss']:.3g}: training cycles are being memorised. Try fewer --num_train_epochs, more "
         "augmentation (--time_masks, --freq_masks, --waveform_augment true), --dropout, or --ema_decay 0.99."
     )
 
 
-FINDERS: dict[str, Callable[[list[Entry]], str | None]] = {
-    "not finite": find_not_finite,
-    "divergence": find_divergence,
-    "oscillation": find_oscillation,
-    "collapse to normal": find_collapse_to_normal,
-    "missing class": find_missing_class,
-    "gap": find_gap,
-}
+def finders(task: Task) -> dict[str, Callable[[list[Entry]], str | None]]:
+    """Give what looks for each kind of trouble, by the kind's name."""
+    return {
+        "not finite": find_not_finite,
+        "divergence": find_divergence,
+        "oscillation": find_oscillation,
+        "collapse to normal": partial(find_collapse_to_normal, task=task),
+        "missing class": find_missing_class,
+        "gap": partial(find_gap, task=task),
+    }
+
+
 WARM = {"divergence", "oscillation"}  # these look at a training loss that is to fall; in find_gap a rise is harmless
 
 
@@ -199,7 +206,7 @@ def _is_missing(entry: Entry, name: str) -> bool:
     return entry.get(f"eval_predicted_{name}") == 0 and entry.get(f"eval_recall_{name}") == 0
 
 
-def _score(then: Entry, now: Entry) -> str:
+def _score(then: Entry, now: Entry, task: Task) -> str:
     """The score then and now: a loss can rise, from ever more confident errors, before the score falls."""
-    name = next((key for key in now if key.startswith("eval_score")), None)
-    return "" if name is None else f" ({name.removeprefix('eval_')} {then[name]:.1f} → {now[name]:.1f} %)"
+    key = f"eval_{task.headline}"
+    return f" ({task.titles[task.headline]} {then[key]:.1f} → {now[key]:.1f} %)" if key in now else ""

@@ -4,7 +4,7 @@ import contextlib
 import gc
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,7 @@ class QLungTrainer(Trainer):
         task: what is scored.
         feature_extractor: makes the model's input from clips within the step, on the step's device.
         devices: names of the stethoscopes, where the objective asks for them.
+        quality: what is shown in the place of a training row's quality, by its `row_id`.
         sampler: gives each epoch's rows.
         sharpness: takes sharpness-aware steps; plain ones if None.
         spec_augment: masks training features.
@@ -88,6 +89,7 @@ class QLungTrainer(Trainer):
         feature_extractor: QLungFeatureExtractor,
         task: Task = FOUR_CLASS,
         devices: Sequence[str] | None = None,
+        quality: Mapping[str, float] | None = None,
         objective: Objective | None = None,
         sampler: WeightedEpochSampler | None = None,
         sharpness: SharpnessAwareStep | None = None,
@@ -103,7 +105,7 @@ class QLungTrainer(Trainer):
             model,
             args,
             processing_class=feature_extractor,
-            data_collator=CycleCollator(feature_extractor, devices),
+            data_collator=CycleCollator(feature_extractor, devices, quality),
             compute_metrics=compute_scores(task),
             **kwargs,
         )

@@ -77,6 +77,16 @@ def test_scores_stand_with_intervals_and_support(run):
     assert "Published in QLung (Interspeech 2026), ablation, last row: Score (4-class) 62.01 ± 1.18." in card
 
 
+def test_another_datasets_split_is_told_as_its_own(run):
+    metrics = {"test": SCORES, "sprsound:test_inter": SCORES}
+    published = {"test": {"score_4class": "62.01 ± 1.18"}, "sprsound:test_inter": {"score_4class": 58.23}}
+    card = build_model_card(replace(run, metrics=metrics, published=published))
+    places = [(r.dataset_type, r.dataset_name, r.dataset_split) for r in ModelCard(card).data.eval_results]
+    assert set(places) == {("icbhi", "ICBHI 2017", "test"), ("sprsound", "SPRSound 2022", "test_inter")}
+    assert "ablation, last row for test: Score (4-class) 62.01 ± 1.18." in card
+    assert "ablation, last row for sprsound:test_inter: Score (4-class) 58.23." in card
+
+
 def test_selection_is_said_plainly_and_in_bold_for_test(run):
     cards = {s: build_model_card(replace(run, selection=s)) for s in ("validation", "last", "test")}
     assert "chosen by its score on validation patients" in cards["validation"]
@@ -106,6 +116,14 @@ def test_examples_are_python(run):
     for block in blocks:
         ast.parse(block)
     assert 'repo = "me/qlung"' in blocks[0]
+    assert 'soundfile.read("cycle_16khz.wav"' in blocks[0]
+
+
+def test_a_clap_card_asks_for_48_khz(run):
+    card = build_model_card(replace(run, sampling_rate=48000, architecture={"encoder": "clap_audio_model"}))
+    assert "mono, at 48 kHz" in card
+    assert 'soundfile.read("cycle_48khz.wav"' in card
+    assert "16" not in re.search(r"## How to use\n(.*?)\n## ", card, re.DOTALL)[1]
 
 
 def test_data_says_what_was_missing_and_what_its_terms_are(run):

@@ -19,6 +19,7 @@ from modeling_qlung.evaluation.plots import (
     plot_sensitivity,
     plot_training_curves,
 )
+from modeling_qlung.evaluation.tasks import TASKS
 
 CLASSES = ("normal", "crackle", "wheeze", "both")
 LOG = [
@@ -67,9 +68,21 @@ def test_training_curves_hold_the_log(tmp_path, figures):
     assert lines["training"] == [[0.5, 1.4], [1.0, 1.1]]
     assert lines["evaluation"] == [[1.0, 1.2], [2.0, 1.0], [3.0, 0.9]]
     assert lines["Score (4-class)"] == [[1.0, 50.0], [3.0, 60.0]]
-    assert lines["Specificity"] == [[1.0, 70.0], [3.0, 80.0]]
+    assert lines["Sp"] == [[1.0, 70.0], [3.0, 80.0]]
     assert "Score (2-class)" not in lines
     assert imread(tmp_path / "curves.png").std() > 0.02
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_training_curves_hold_every_score_of_the_task(tmp_path, figures, name):
+    task = TASKS[name]
+    scores = {f"eval_{score}": 10.0 + place for place, score in enumerate(task.titles)}
+    plot_training_curves([{"eval_loss": 1.0, **scores, "epoch": 1.0, "step": 1}], tmp_path / "curves.png", task)
+    lines = {line.get_label(): line for line in figures[0].axes[1].lines}
+    drawn = {label: line.get_ydata().tolist() for label, line in lines.items()}
+    assert drawn == {title: [10.0 + place] for place, title in enumerate(task.titles.values())}
+    assert max(lines, key=lambda label: lines[label].get_linewidth()) == task.titles[task.headline]
+    assert len({line.get_color() for line in lines.values()}) == len(lines)
 
 
 def test_loss_stands_alone_without_evaluation(tmp_path, figures):

@@ -8,6 +8,9 @@ import pytest
 
 from modeling_qlung.evaluation import icbhi_scores
 from modeling_qlung.evaluation.report import (
+    format_interval,
+    format_mean_sd,
+    format_scores,
     format_table,
     read_predictions,
     score_predictions,
@@ -149,3 +152,24 @@ def test_table_names_both_measures():
     assert rule.count("|") == header.count("|")
     assert line == "| qlung-ast | 2 | – " + "| 61.50 ± 2.12 " * 4 + "|"
     assert "| 60.00 |" in format_table(summarize_seeds([run_of(60.0)]))
+
+
+def test_numbers_are_written_in_one_way():
+    assert format_interval([60.1249, 63.4]) == "[60.12, 63.40]"
+    assert format_interval([-0.5, 2.25], signed=True) == "[−0.50, +2.25]"
+    assert format_interval(None) == "–"
+    assert [format_mean_sd(*pair) for pair in ((62.012, 1.18), (62.012, None), (None, None))] == [
+        "62.01 ± 1.18",
+        "62.01",
+        "–",
+    ]
+    assert format_mean_sd(0.01234, 123.4, ".3g") == "0.0123 ± 123"
+
+
+def test_scores_of_one_model_stand_with_their_intervals():
+    metrics = score_predictions(pd.DataFrame([row(n) for n in range(40)] + [row(40, label=None)]), resamples=50)
+    low, high = metrics["test"]["ci95"]["score_4class"]
+    metrics["test"]["ci95"]["specificity"] = None
+    line = format_scores(metrics).splitlines()[2]
+    assert line.startswith(f"| test | 40 (1 without label) | {metrics['test']['specificity']:.2f} | ")
+    assert f"| {metrics['test']['score_4class']:.2f} [{low:.2f}, {high:.2f}] |" in line

@@ -1,21 +1,22 @@
-"""Our Patch-Mix against the numbers of the published code; `fixtures/patch_mix_losses.npz` holds them."""
+"""Our Patch-Mix and SG-SCL against the numbers of the published code; `fixtures` holds them."""
 
 from fractions import Fraction
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from modeling_qlung.training.losses import CrossEntropyLoss
-from modeling_qlung.training.objectives import PatchMixture, Projector, patch_mix_contrast
+from modeling_qlung.training.objectives import PatchMixture, Projector, patch_mix_contrast, supervised_contrast
+
+from .reference import FIXTURES, uniform
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-5}  # of float32 sums in another order, at logits of up to 17
 
 
 @pytest.fixture(scope="module")
 def published() -> dict[str, torch.Tensor]:
-    with np.load(Path(__file__).parent / "fixtures" / "patch_mix_losses.npz") as arrays:
+    with np.load(FIXTURES / "patch_mix_losses.npz") as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 
@@ -74,3 +75,22 @@ def test_projector(published):
     torch.testing.assert_close(projector(published["projector_input"]), published["projector_output_train"])
     torch.testing.assert_close(projector[1].running_mean, published["projector_running_mean_after"])
     torch.testing.assert_close(projector.eval()(published["projector_input"]), published["projector_output_eval"])
+
+
+@pytest.mark.parametrize("temperature", [0.06, 0.5])
+@pytest.mark.parametrize(
+    ("case", "devices"), [("four", [0, 1, 2, 0, 3, 1, 0, 2]), ("one", [2] * 8), ("each", list(range(8)))]
+)
+def test_device_contrast(case, devices, temperature):
+    with np.load(FIXTURES / "device_contrast.npz") as arrays:
+        loss, *gradients = (
+            torch.from_numpy(arrays[f"{case} {temperature} {name}"])
+            for name in ("loss", "gradient first", "gradient second")
+        )
+    views = [
+        torch.from_numpy(3 * uniform(f"device contrast {name}", 8, 12)).requires_grad_() for name in ("first", "second")
+    ]
+    ours = supervised_contrast(*views, torch.tensor(devices), temperature)
+    torch.testing.assert_close(ours, loss, atol=0, rtol=1e-5)
+    for view, gradient in zip(torch.autograd.grad(ours, views), gradients, strict=True):
+        torch.testing.assert_close(view, gradient, **TOLERANCE)

@@ -9,8 +9,17 @@ from scipy.stats import norm
 
 import hf_datasets
 from modeling_qlung import QLungFeatureExtractor
+from modeling_qlung.evaluation.tasks import TASKS
 from modeling_qlung.training import data
-from modeling_qlung.training.data import CycleCollator, decode_cycles, fit_normalization, fit_quality
+from modeling_qlung.training.data import (
+    CycleCollator,
+    control_quality,
+    decode_cycles,
+    fit_normalization,
+    fit_quality,
+    row_id,
+    score_quality,
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +74,66 @@ def test_quality_of_a_batch_is_that_of_the_feature_extractor(simulated):
     h = norm.cdf((entropy[0] - mean) / deviation)
     r = norm.cdf((energy[0] - energy.mean()) / energy.std())
     assert batch["quality"][0].item() == pytest.approx(np.clip(1 - 0.7 * h + 0.3 * r, 0, 1), abs=1e-6)
+
+
+def test_controls_of_quality_reach_the_training_cycles_alone(simulated):
+    extractor = QLungFeatureExtractor(duration=1.0)
+    train, test = (decode_cycles(simulated[split], 16000) for split in ("train", "test"))
+    fit_quality(extractor, train, "percentile")
+    measured = score_quality(extractor, train)
+    rows = [train[index] for index in range(len(train))]
+    assert CycleCollator(extractor)(rows)["quality"].tolist() == pytest.approx(measured)
+    assert measured.std() > 0.05
+
+    constant = control_quality(train, measured, "constant", seed=0)
+    shown = CycleCollator(extractor, quality=constant)(rows)["quality"].numpy()
+    np.testing.assert_allclose(shown, measured.mean(), rtol=1e-6)
+
+    shuffled = control_quality(train, measured, "shuffled", seed=0)
+    shown = CycleCollator(extractor, quality=shuffled)(rows)["quality"].numpy()
+    np.testing.assert_allclose(np.sort(shown), np.sort(measured), rtol=1e-6)
+    assert np.abs(shown - measured).max() > 0.05
+    assert control_quality(train, measured, "shuffled", seed=0) == shuffled
+    assert control_quality(train, measured, "shuffled", seed=1) != shuffled
+
+    others = [test[index] for index in range(3)]
+    assert not {row_id(row) for row in others} & shuffled.keys()
+    assert CycleCollator(extractor, quality=shuffled)(others)["quality"].tolist() == pytest.approx(
+        score_quality(extractor, test)[:3]
+    )
+
+
+def test_devices_are_indices_and_an_unknown_one_is_none_of_them(simulated):
+    decoded = decode_cycles(simulated["train"], 16000)
+    names = sorted(set(decoded["device"][:]))
+    rows = [{**decoded[0], "device": name} for name in (*names, "another")]
+    batch = CycleCollator(QLungFeatureExtractor(duration=1.0), names)(rows)
+    assert batch["device"].tolist() == [*range(len(names)), -1]
+
+
+def test_a_task_gives_each_row_its_label(simulated):
+    events = simulated["train"]
+    kinds = events.features["event_type"].names
+    named = [None if kind is None else kinds[kind] for kind in events["event_type"][:]]
+    for task in (TASKS["1-1"], TASKS["1-2"]):
+        labels = decode_cycles(events, 16000, task)["label"][:]
+        assert labels == [None if name is None else task.index(name) for name in named]
+    binary = decode_cycles(events, 16000, TASKS["two-output"])["label"][:]
+    assert binary == [int(label > 0) for label in events["label"][:]]
+    with pytest.raises(ValueError, match="the task 2-1 needs the column 'record_label'"):
+        decode_cycles(events, 16000, TASKS["2-1"])
+
+
+def test_recordings_are_rows_of_the_record_tasks(real_sprsound, tmp_path):
+    recordings = hf_datasets.load("sprsound", real_sprsound, "recordings", split="test_intra", cache_dir=tmp_path)
+    few = recordings.select(range(0, len(recordings), 20))
+    for name, poor in (("2-1", 2), ("2-2", 4)):
+        decoded = decode_cycles(few, 16000, TASKS[name])
+        names = [few.features["record_label"].names[label] for label in few["record_label"][:]]
+        assert decoded["label"][:] == [TASKS[name].index(label) for label in names]
+        assert TASKS[name].index("Poor Quality") == poor
+    assert [row_id(row) for row in decoded] == few["recording_id"][:]
+    assert all(len(row["waveform"]) > 16000 * 0.2 for row in decoded)
 
 
 def test_rows_without_a_label_are_marked_for_the_loss_to_leave_out(simulated):

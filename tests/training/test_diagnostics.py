@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from modeling_qlung.evaluation.tasks import TASKS
 from modeling_qlung.training import diagnostics
 from modeling_qlung.training.arguments import ARGUMENTS
-from modeling_qlung.training.diagnostics import TrainingDiagnostics, epoch_losses
+from modeling_qlung.training.diagnostics import TrainingDiagnostics, epoch_losses, finders
 
 from .small_training import cycles, make_trainer, small_model
 
@@ -175,10 +176,30 @@ def test_growing_margins_may_raise_the_training_loss(said):
 def test_collapse_to_normal(said):
     play(evaluations([1.0] * 6, specificity=92.0, sensitivity_4class=[10.0, 50.0, 44.9, 30.0, 21.04, 20.0]))
     (line,) = said()
-    assert line.startswith("Epoch 5: specificity is 92.0 % and sensitivity (4-class) 21.0 %")
+    assert line.startswith(
+        "Epoch 5: Sp is 92.0 % and Se (4-class) 21.0 %: abnormal cycles are missed or given the wrong"
+    )
     assert "--sampling_power" in line
     assert "--class_weight_power" in line
     assert "--target_margin" in line
+
+
+@pytest.mark.parametrize(
+    ("task", "line"),
+    [
+        ("two-output", "Sp is 92.0 % and Se (two-output) 20.0 %: abnormal cycles are missed. Try"),
+        ("1-2", "SP is 92.0 % and SE 20.0 %: abnormal cycles are missed or given the wrong class. Try"),
+        ("2-1", "SP is 92.0 % and SE 20.0 %: abnormal recordings are missed or given the wrong class. Try"),
+    ],
+)
+def test_collapse_to_normal_in_other_tasks(said, task, line):
+    asked = TASKS[task]
+    low, high = ({f"eval_{asked.sensitivity}": value, "eval_specificity": 92.0} for value in (20.0, 50.0))
+    history = [{"eval_loss": 1.0, **low, "epoch": epoch, "step": STEPS * epoch} for epoch in range(1, 5)]
+    play([{**entry, **high} for entry in history], TrainingDiagnostics(task=asked))
+    assert said() == []
+    play(history, TrainingDiagnostics(task=asked))
+    assert [found.split(" a higher")[0] for found in said()] == [f"Epoch 3: {line}"]
 
 
 @pytest.mark.parametrize(
@@ -222,8 +243,8 @@ def test_gap(said):
     play(together(losses(FALLING[:7]), evaluations(risen, score_4class=[40.0, 50.0, 60.0, 60.0, 58.0, 57.0, 56.0])))
     (line,) = said()
     assert line.startswith(
-        "Epoch 6: eval_loss has risen from 0.8 (epoch 3) to 1.1 (score_4class 60.0 → 57.0 %) while the training loss "
-        "fell from 1.21 to 0.974"
+        "Epoch 6: eval_loss has risen from 0.8 (epoch 3) to 1.1 (Score (4-class) 60.0 → 57.0 %) while the training "
+        "loss fell from 1.21 to 0.974"
     )
     assert "--num_train_epochs" in line
     assert "--ema_decay" in line
@@ -272,7 +293,7 @@ def test_every_option_named_exists(said):
     play(together(losses(oscillating), evaluations([0.5] + [1.0] * 19, **bad)))
     play(losses([1.4, 1.1, 0.9, 1.2, 2.0, 2.6, 3.0]))
     play(losses([math.nan]))
-    assert len(said()) == len(diagnostics.FINDERS)
+    assert len(said()) == len(finders(TASKS["4-class"]))
     named = {option for line in said() for option in re.findall(r"--(\w+)", line)}
     assert named <= {field.name for group in ARGUMENTS for field in dataclasses.fields(group)}
 
@@ -296,6 +317,6 @@ def test_training_that_collapses_says_so(tmp_path, said):
     )
     trainer.train()
     lines = said()
-    assert any(re.match(r"Epoch \d: specificity is 100.0 % and sensitivity \(4-class\) 0.0 %", line) for line in lines)
+    assert any(re.match(r"Epoch \d: Sp is 100.0 % and Se \(4-class\) 0.0 %", line) for line in lines)
     assert any(re.search(r"crackle and wheeze and both were never predicted in 3", line) for line in lines)
     assert len(lines) == 2

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from modeling_qlung import QLungFeatureExtractor
-from modeling_qlung.training import flatness
-from modeling_qlung.training.flatness import LossSurface, measure_flatness, measure_increases, top_eigenvalue
-
-from .small_training import cycles, gradient_at, make_trainer, small_model
+from modeling_qlung.evaluation import flatness
+from modeling_qlung.evaluation.flatness import LossSurface, measure_flatness, measure_increases, top_eigenvalue
+from tests.training.small_training import cycles, gradient_at, make_trainer, small_model
 
 EXTRACTOR = QLungFeatureExtractor(duration=0.5)
 
