@@ -422,13 +422,13 @@ def test_a_killed_benchmark_goes_on_and_runs_nothing_twice(shared_cache, tmp_pat
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_and_does_not_stop_the_others(shared_cache, tmp_path):
     words, rows = benchmark_options(shared_cache, tmp_path)
-    words = [word for word in words if word not in rows[1:]]
+    words = [word for word in words if word not in (*rows[1:], "2")]
     words.insert(2, "quickstart,encoder=/nowhere/ast")
     process = start(shared_cache, *words)
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 1
-    assert errors.count("There is no folder /nowhere/ast") == 2
-    assert "2 of 4 runs failed; the same command tries them again." in errors
+    assert errors.count("There is no folder /nowhere/ast") == 1
+    assert "1 of 2 runs failed; the same command tries them again." in errors
     assert "### simulated test, 4-class" in output
 
 

@@ -168,7 +168,7 @@ def _scores_table(results: Sequence[Result]) -> str:
                 row.selection,
                 *(format_mean_sd(result.scores[score]["mean"], result.scores[score]["sd"]) for score in task.titles),
                 format_interval(result.intervals[task.headline]),
-                "–" if value is None else f"{value:+.2f} to `{result.reference.name}`".replace("-", "−", 1),
+                "–" if value is None else f"{value:+.2f}".replace("-", "−") + f" to `{result.reference.name}`",
                 format_interval(difference.interval, signed=True),
                 {True: "yes", False: "no", None: "–"}[difference.excludes_zero],
             ]
@@ -184,6 +184,8 @@ def changed(row: Row, reference: Row) -> str:
     """List the options in which a row differs from its reference."""
     if row is reference:
         return "baseline"
+    if not reference.seeds:
+        return f"not known before `{reference.name}` has ended"
     ours, theirs = row.options, reference.options
     names = [name for name in ours if ours[name] != theirs.get(name) and name in {*row.recorded, *reference.recorded}]
     return ", ".join(f"{name} {_show(theirs.get(name))} → {_show(ours[name])}" for name in names) or "nothing"

@@ -473,7 +473,9 @@ def _settle_loss(arguments: Arguments, typed: set[str]) -> None:
                 raise ValueError(f"--{name} is no option of the loss {method.loss}")
             setattr(method, name, None)
     if method.class_weight_power and "class_weights" not in known:
-        raise ValueError(f"the loss {method.loss} takes no class weights: leave --class_weight_power out")
+        if "class_weight_power" in typed:
+            raise ValueError(f"the loss {method.loss} takes no class weights: leave --class_weight_power out")
+        method.class_weight_power = 0.0
     if model.head == "linear" and method.loss in ("arcface", "cosface", "adaface", "ldam"):
         raise ValueError(f"the loss {method.loss} trains cosines, a linear head would infer without: --head angular")
 
