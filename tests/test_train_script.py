@@ -199,7 +199,7 @@ def test_two_processes_predict_every_cycle_once(shared_cache, tmp_path):
     predictions = pd.read_parquet(tmp_path / "run" / "predictions.parquet")
     assert predictions.groupby("split")["row_id"].nunique().to_dict() == {"test": 120, "validation": 80}
     assert len(predictions) == 200
-    assert done.stdout.count("quickstart, 1 seed") == 1, "only the first process speaks"
+    assert done.stdout.count("quickstart, 1 run") == 1, "only the first process speaks"
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -462,16 +462,9 @@ def _settle_sharpness(arguments: Arguments, typed: set[str]) -> None:
 
 
 def _settle_loss(arguments: Arguments, typed: set[str]) -> None:
-    """Leave out what a recipe sets for another loss than the one chosen; refuse it where it was typed."""
+    """Check the loss and the options that go with it."""
     _, model, method, _ = arguments
-    if method.loss not in LOSSES:
-        raise ValueError(f"there is no loss {method.loss!r}: choose one of {', '.join(LOSSES)}")
-    known = inspect.signature(LOSSES[method.loss]).parameters
-    for name in LOSS_OPTIONS:
-        if getattr(method, name) is not None and name not in known:
-            if name in typed:
-                raise ValueError(f"--{name} is no option of the loss {method.loss}")
-            setattr(method, name, None)
+    known = _settle_options(method, "loss", LOSSES, LOSS_OPTIONS, typed)
     if method.class_weight_power and "class_weights" not in known:
         if "class_weight_power" in typed:
             raise ValueError(f"the loss {method.loss} takes no class weights: leave --class_weight_power out")
@@ -481,16 +474,27 @@ def _settle_loss(arguments: Arguments, typed: set[str]) -> None:
 
 
 def _settle_objective(arguments: Arguments, typed: set[str]) -> None:
-    """Leave out what a recipe sets for another objective than the one chosen; refuse it where it was typed."""
-    method = arguments[2]
-    if method.objective not in OBJECTIVES:
-        raise ValueError(f"there is no objective {method.objective!r}: choose one of {', '.join(OBJECTIVES)}")
-    known = inspect.signature(OBJECTIVES[method.objective]).parameters
-    for name in OBJECTIVE_OPTIONS:
+    """Check the objective and the options that go with it."""
+    _settle_options(arguments[2], "objective", OBJECTIVES, OBJECTIVE_OPTIONS, typed)
+
+
+def _settle_options(
+    method: MethodArguments, kind: str, registry: Mapping[str, Any], options: Iterable[str], typed: set[str]
+) -> Collection[str]:
+    """Leave out what a recipe sets for another loss or objective than the one chosen; refuse it where it was typed.
+
+    Gives the names that the chosen one takes.
+    """
+    chosen = getattr(method, kind)
+    if chosen not in registry:
+        raise ValueError(f"there is no {kind} {chosen!r}: choose one of {', '.join(registry)}")
+    known = inspect.signature(registry[chosen]).parameters
+    for name in options:
         if getattr(method, name) is not None and name not in known:
             if name in typed:
-                raise ValueError(f"--{name} is no option of the objective {method.objective}")
+                raise ValueError(f"--{name} is no option of the {kind} {chosen}")
             setattr(method, name, None)
+    return known
 
 
 def _settle_selection(arguments: Arguments) -> None:
