@@ -139,6 +139,34 @@ def paired_difference_ci(
     return differences
 
 
+def weighted_ci(
+    patients: ArrayLike,
+    statistic: Callable[[NDArray], NDArray],
+    resamples: int = 1000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> list[float] | None:
+    """Percentile interval of any statistic of weighted items, from the patients that `bootstrap_ci` resamples.
+
+    Args:
+        patients: (n,) patient of each item.
+        statistic: maps (resamples, n), how often each item was drawn, to (resamples,) values, NaN where undefined.
+        resamples: number of bootstrap resamples.
+        level: coverage asked for, in (0, 1).
+        seed: the same seed gives the same interval.
+
+    Returns:
+        [low, high], or None as in `bootstrap_ci`.
+
+    Raises:
+        ValueError: `level` or `resamples` out of range.
+    """
+    _check(level, resamples)
+    names, index = np.unique(np.asarray(patients), return_inverse=True)
+    draws = _draw_patients(np.random.default_rng(seed), len(names), resamples)
+    return _percentile_interval(statistic(draws[:, index]), len(names), level)
+
+
 def _check(level: float, resamples: int) -> None:
     if not 0 < level < 1 or resamples < 1:
         raise ValueError(f"level must be in (0, 1) and resamples at least 1, got level={level}, resamples={resamples}")

@@ -1,0 +1,237 @@
+"""Whether a score measures quality: how well it tells, how it follows noise, what else it reads.
+
+Quality is high for a good recording. Every function takes scores, and knows nothing of how they were made.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from .bootstrap import weighted_ci
+
+# Scores that saturate rise and fall in the third decimal; that is no lack of monotonicity.
+_TOLERANCE = 0.01
+
+
+def discrimination(quality: NDArray, poor: NDArray, patients: ArrayLike) -> dict[str, Any]:
+    """Measure how well low quality finds poor recordings.
+
+    Args:
+        quality: (seeds, n), scores of recordings by functions that were not fitted on their patients.
+        poor: (n,) bool.
+        patients: (n,) patient of each recording.
+
+    Returns:
+        `auroc` and `average_precision`, each {"mean", "sd", "interval"}: mean and standard deviation (None for one)
+        over seeds, and the 95 % interval of the mean from a bootstrap over patients; with `n`, `poor` and `patients`.
+    """
+    measures = {"auroc": weighted_auroc, "average_precision": weighted_average_precision}
+    found: dict[str, Any] = {"n": len(poor), "poor": int(poor.sum()), "patients": len(np.unique(patients))}
+    for name, measure in measures.items():
+        values = [float(measure(1 - of_seed, poor, np.ones((1, len(poor))))[0]) for of_seed in quality]
+
+        def over_seeds(weights: NDArray, measure: Any = measure) -> NDArray:
+            return np.mean([measure(1 - of_seed, poor, weights) for of_seed in quality], axis=0)
+
+        found[name] = {
+            "mean": float(np.mean(values)),
+            "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            "interval": weighted_ci(patients, over_seeds),
+        }
+    return found
+
+
+def weighted_auroc(score: NDArray, positive: NDArray, weights: NDArray) -> NDArray:
+    """Area under the ROC curve, the probability that a positive item has the higher score, ties counting half.
+
+    Args:
+        score: (n,).
+        positive: (n,) bool.
+        weights: (resamples, n), how often each item is there.
+
+    Returns:
+        (resamples,), NaN where there are no positive or no negative items.
+    """
+    positives, negatives = _by_score(score, positive, weights)
+    below = np.cumsum(negatives, axis=1) - negatives
+    pairs = positives.sum(axis=1) * negatives.sum(axis=1)
+    return _share((positives * (below + negatives / 2)).sum(axis=1), pairs)
+
+
+def weighted_average_precision(score: NDArray, positive: NDArray, weights: NDArray) -> NDArray:
+    """Mean precision at each positive item, in the order of falling score; as `weighted_auroc`."""
+    positives, negatives = (part[:, ::-1] for part in _by_score(score, positive, weights))
+    hits = np.cumsum(positives, axis=1)
+    precision = hits / np.maximum(hits + np.cumsum(negatives, axis=1), np.finfo(float).tiny)
+    return _share((positives * precision).sum(axis=1), hits[:, -1])
+
+
+def _by_score(score: NDArray, positive: NDArray, weights: NDArray) -> tuple[NDArray, NDArray]:
+    """Weights (resamples, values) of the positive and of the negative items at each distinct score, rising."""
+    order = np.argsort(score, kind="stable")
+    ordered, hit = score[order], positive[order]
+    first = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    sums = (np.add.reduceat(weights[:, order] * mask, first, axis=1) for mask in (hit, ~hit))
+    return next(sums), next(sums)
+
+
+def _share(part: NDArray, whole: NDArray) -> NDArray:
+    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+
+
+def calibration(probability: NDArray, usable: NDArray, bins: int = 10) -> dict[str, Any]:
+    """Compare the probability that a recording is usable with how often it is.
+
+    Args:
+        probability: (seeds, n), in [0, 1].
+        usable: (n,) bool.
+        bins: number of bins, equally wide.
+
+    Returns:
+        `brier`, mean squared error (Brier 1950); `brier_constant`, that of always giving the share of usable ones;
+        `ece`, the expected calibration error (Naeini et al. 2015); `bins`, for each one that is not empty, its mean
+        `probability`, share `usable` and number of scores `n`. All over recordings and seeds.
+    """
+    given, outcome = probability.ravel(), np.tile(usable, len(probability)).astype(float)
+    index = np.minimum((given * bins).astype(int), bins - 1)
+    filled = [
+        {"probability": float(given[own].mean()), "usable": float(outcome[own].mean()), "n": int(own.sum())}
+        for own in (index == number for number in np.unique(index))
+    ]
+    gaps = [part["n"] * abs(part["probability"] - part["usable"]) for part in filled]
+    return {
+        "brier": float(np.mean((given - outcome) ** 2)),
+        "brier_constant": float(outcome.mean() * (1 - outcome.mean())),
+        "ece": float(sum(gaps) / len(given)),
+        "bins": filled,
+    }
+
+
+def best_threshold(quality: NDArray, poor: NDArray) -> float:
+    """Find the score below which recordings are called poor with the largest sensitivity + specificity (Youden 1950).
+
+    Args:
+        quality: (n,).
+        poor: (n,) bool, some of each.
+    """
+    ordered = np.unique(quality)
+    places = np.append((ordered[1:] + ordered[:-1]) / 2, ordered[-1] + 1e-9)  # the last calls all poor
+    below = np.searchsorted(np.sort(quality[poor]), places) / poor.sum()
+    return float(places[np.argmax(below - np.searchsorted(np.sort(quality[~poor]), places) / (~poor).sum())])
+
+
+def monotonicity(quality: NDArray) -> dict[str, Any]:
+    """Measure whether the score falls as a recording gets worse.
+
+    Args:
+        quality: (recordings, levels), from as recorded to the worst.
+
+    Returns:
+        `mean` score at each level; `spearman`, mean over recordings of the rank correlation of score and level, -1
+        where every recording's score falls throughout and 0 for one that does not move; `monotone`, the share of
+        recordings whose score nowhere rises by more than 0.01 above its lowest so far.
+    """
+    rises = quality - np.minimum.accumulate(quality, axis=1)
+    ranks = pd.DataFrame(quality).rank(axis=1).to_numpy()
+    ranks, levels = (part - part.mean(axis=-1, keepdims=True) for part in (ranks, np.arange(quality.shape[1])))
+    norms = np.linalg.norm(ranks, axis=1) * np.linalg.norm(levels)
+    return {
+        "mean": quality.mean(axis=0).tolist(),
+        "spearman": float(np.mean(ranks @ levels / np.where(norms > 0, norms, 1))),
+        "monotone": float((rises <= _TOLERANCE).all(axis=1).mean()),
+    }
+
+
+def rank_correlation(first: ArrayLike, second: ArrayLike) -> float | None:
+    """Spearman's correlation of two lists of values, None where either does not vary."""
+    ranks = pd.DataFrame({"first": np.asarray(first), "second": np.asarray(second)}).rank()
+    if len(ranks) < 2 or (ranks.std() == 0).any():
+        return None
+    return float(np.corrcoef(ranks["first"], ranks["second"])[0, 1])
+
+
+def change(before: NDArray, after: NDArray, threshold: float) -> dict[str, Any]:
+    """Measure how far the score of recordings moves under what should not matter.
+
+    Args:
+        before: (n,) scores as recorded.
+        after: (n,) scores of the same recordings, changed.
+        threshold: below it a recording is called poor.
+
+    Returns:
+        `mean` and `p95` (95th percentile) of the absolute change, `spearman`, `crossing` (share of recordings called
+        otherwise) and `n`; None instead of each where there is no recording.
+    """
+    if not len(before):
+        return {"mean": None, "p95": None, "spearman": None, "crossing": None, "n": 0}
+    moved = np.abs(after - before)
+    return {
+        "mean": float(moved.mean()),
+        "p95": float(np.quantile(moved, 0.95)),
+        "spearman": rank_correlation(before, after),
+        "crossing": float(((before < threshold) != (after < threshold)).mean()),
+        "n": len(before),
+    }
+
+
+def class_dependence(quality: NDArray, names: NDArray, reference: str, patients: NDArray) -> dict[str, dict[str, Any]]:
+    """Measure whether the score is lower for one class of good recordings than for another: it should not be.
+
+    Args:
+        quality: (n,).
+        names: (n,) class of each.
+        reference: the class that every other is compared with.
+        patients: (n,) patient of each.
+
+    Returns:
+        For every other class the `auroc`, the probability that one of it scores lower than one of the reference (0.5
+        where the score does not see the class), its 95 % `interval` by patient, and the class's `n` and `patients`.
+
+    Raises:
+        ValueError: nothing is of the reference class.
+    """
+    if reference not in names:
+        raise ValueError(f"none of {len(names)} is {reference!r}: there is nothing to compare the other classes with")
+    found = {}
+    for name in sorted(set(names.tolist()) - {reference}):
+        kept = (names == name) | (names == reference)
+        measure = partial(weighted_auroc, -quality[kept], names[kept] == name)
+        found[name] = {
+            "auroc": float(measure(np.ones((1, kept.sum())))[0]),
+            "interval": weighted_ci(patients[kept], measure),
+            "n": int((names == name).sum()),
+            "patients": len(set(patients[names == name])),
+        }
+    return found
+
+
+def group_share(quality: NDArray, groups: NDArray, patients: NDArray) -> dict[str, Any]:
+    """Measure the share of the score's variance that lies between groups (η², Fisher 1925), 0 where they have one mean.
+
+    Args:
+        quality: (n,).
+        groups: (n,) group of each, such as its device.
+        patients: (n,) patient of each.
+
+    Returns:
+        `share`, None where the score does not vary, and its 95 % `interval` by patient, which lies above 0 for groups
+        without a difference too, since their means differ by chance.
+    """
+    members = (groups[:, None] == np.unique(groups)).astype(float)
+
+    def share(weights: NDArray) -> NDArray:
+        total = weights.sum(axis=1)
+        mean = weights @ quality / total
+        of_group = weights @ members
+        means = np.divide(
+            weights @ (members * quality[:, None]), of_group, out=np.zeros_like(of_group), where=of_group > 0
+        )
+        between = (of_group * (means - mean[:, None]) ** 2).sum(axis=1)
+        variance = weights @ quality**2 - total * mean**2
+        return _share(between, np.where(variance > 1e-12 * total, variance, 0))
+
+    (value,) = share(np.ones((1, len(quality))))
+    return {"share": None if np.isnan(value) else float(value), "interval": weighted_ci(patients, share)}

@@ -1,0 +1,118 @@
+"""The tables of `python -m modeling_qlung.evaluation.quality`, in Markdown."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from .report import format_interval, format_mean_sd
+
+Results = Mapping[str, Any]
+
+
+def to_markdown(results: Results) -> str:
+    """Format what `quality.evaluate` gives as Markdown, a section for each experiment in it."""
+    sections: dict[str, tuple[str, Callable[[Results], list[str]]]] = {
+        "label": ("Poor recordings told from usable ones, children not seen in fitting", _label),
+        "label_test_inter": ("The same on the children of the inter-subject test", _label),
+        "noise": ("Mean score of good recordings as they get worse", _noise),
+        "simulated": ("Simulated recordings: rank correlation of score and signal-to-noise ratio", _simulated),
+        "invariance": ("What should not matter: change of the score", _invariance),
+        "findings": ("Among good recordings: AUROC of normal above abnormal; 0.5 is blind to it", _findings),
+        "devices": ("ICBHI's stethoscopes", _devices),
+    }
+    present = [(title, lines(results[name])) for name, (title, lines) in sections.items() if name in results]
+    return "\n\n".join(f"## {title}\n\n" + "\n".join(lines) for title, lines in present)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _number(value: float | None, spec: str = ".3f") -> str:
+    return "–" if value is None else f"{value:{spec}}".replace("-", "−")
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.0f} %"
+
+
+def _label(results: Results) -> list[str]:
+    head = ["score", "AUROC", "95 %", "average precision", "95 %", "Brier", "Brier of a constant", "ECE"]
+    rows = []
+    for name, found in results.items():
+        cells = [
+            text
+            for measure in (found["auroc"], found["average_precision"])
+            for text in (format_mean_sd(measure["mean"], measure["sd"], ".3f"), format_interval(measure["interval"]))
+        ]
+        given = found.get("calibration", {})
+        rows.append([f"`{name}`", *cells, *(_number(given.get(key)) for key in ("brier", "brier_constant", "ece"))])
+    about = next(iter(results.values()))
+    counts = f"{about['poor']} poor recordings of {about['n']:,}, {about['patients']} children"
+    return [*_table(head, rows), "", f"{counts}; mean ± sd over folds drawn anew."]
+
+
+def _noise(results: Results) -> list[str]:
+    lines: list[str] = []
+    for name, kinds in results.items():
+        for unit, what in (("dB", "signal-to-noise ratio"), ("%", "share of samples lost")):
+            own = {kind: found for kind, found in kinds.items() if found["unit"] == unit}
+            first = next(iter(own.values()))
+            levels = [f"{level:g} {unit}".replace("-", "−") for level in first["levels"]]
+            head = [f"`{name}`, by {what}", "as recorded", *levels, "Spearman", "monotone"]
+            rows = [
+                [
+                    kind,
+                    *(_number(mean, ".2f") for mean in f["mean"]),
+                    _number(f["spearman"], ".2f"),
+                    _percent(f["monotone"]),
+                ]
+                for kind, f in own.items()
+            ]
+            lines += [*_table(head, rows), ""]
+    return lines[:-1]
+
+
+def _simulated(results: Results) -> list[str]:
+    devices = list(next(iter(results.values()))["by_device"])
+    rows = [
+        [f"`{name}`", _number(found["spearman"], ".2f"), *(_number(found["by_device"][d], ".2f") for d in devices)]
+        for name, found in results.items()
+    ]
+    return _table(["score", "all", *devices], rows)
+
+
+def _invariance(results: Results) -> list[str]:
+    lines: list[str] = []
+    for name, changes in results.items():
+        head = [f"`{name}`", "recordings", "mean", "95th percentile", "rank correlation", "called otherwise"]
+        rows = []
+        for kind, found in changes.items():
+            moved = (_number(found[key]) for key in ("mean", "p95", "spearman"))
+            rows.append([kind.replace("-", "−"), str(found["n"]), *moved, _percent(found["crossing"])])
+        lines += [*_table(head, rows), ""]
+    return lines[:-1]
+
+
+def _findings(results: Results) -> list[str]:
+    rows = []
+    for unit in ("recordings", "events"):
+        for label, about in next(iter(results.values()))[unit].items():
+            found = [scores[unit][label] for scores in results.values()]
+            cells = [f"{_number(f['auroc'], '.2f')} {format_interval(f['interval'])}" for f in found]
+            rows.append([f"{label} {unit}", str(about["n"]), str(about["patients"]), *cells])
+    return _table(["", "n", "children", *(f"`{name}`" for name in results)], rows)
+
+
+def _devices(results: Results) -> list[str]:
+    head = ["", "device", "n", "patients", "mean ± sd", "5 % – 50 % – 95 %", "variance between devices", "95 %"]
+    rows = []
+    for name, units in results.items():
+        for unit, found in units.items():
+            shared = [_percent(found["share"]), format_interval(found["interval"])]
+            for device, d in found["devices"].items():
+                range_ = " – ".join(_number(d[key], ".2f") for key in ("p5", "median", "p95"))
+                mean = format_mean_sd(d["mean"], d["sd"])
+                rows.append([f"`{name}`, {unit}", device, str(d["n"]), str(d["patients"]), mean, range_, *shared])
+                shared = ["", ""]
+    return _table(head, rows)
