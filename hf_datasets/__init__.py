@@ -21,7 +21,7 @@ from .labels import LABELS
 
 __all__ = ["LABELS", "load"]
 
-_BUILDERS: dict[str, type[LungSoundBuilder]] = {"icbhi": Icbhi, "sprsound": Sprsound, "simulated": Simulated}
+BUILDERS: dict[str, type[LungSoundBuilder]] = {"icbhi": Icbhi, "sprsound": Sprsound, "simulated": Simulated}
 
 
 def load(
@@ -54,7 +54,7 @@ def load(
         FileNotFoundError: `data_dir` does not hold the dataset, or part of it is missing.
         ConnectionError: the download failed; the message says what to download by hand.
     """
-    builder_class = _BUILDERS[_one_of("dataset", name, _BUILDERS)]
+    builder_class = BUILDERS[_one_of("dataset", name, BUILDERS)]
     _one_of("config", config, CONFIGS)
     shared = {field.name for field in dataclasses.fields(LungSoundConfig)}
     own = {field.name for field in dataclasses.fields(builder_class.BUILDER_CONFIG_CLASS)} - shared
