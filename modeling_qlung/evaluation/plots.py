@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
+from .risk_coverage import RiskCoverage
 from .tasks import FOUR_CLASS, Task
 
 _INK, _MUTED, _GRID = "#22313f", "#6b7b8c", "#e6eaee"
@@ -263,6 +264,37 @@ def plot_quality_histogram(
     axes.set_ylabel("percent of the class", color=_MUTED)
     _quiet(axes)
     axes.legend(frameon=False, labelcolor=_INK, fontsize=9, title="mean ± sd", alignment="left")
+    axes.set_title(title, loc="left", color=_INK, weight="bold", pad=10)
+    figure.savefig(path, dpi=160)
+
+
+def plot_risk_coverage(curves: Mapping[str, RiskCoverage], path: str | Path, title: str) -> None:
+    """Draw the error among the answered items against how many are answered as PNG, in percent.
+
+    Args:
+        curves: by the name of the score that orders the items; all of the same items.
+        path: image file to write.
+        title: stands above; name the model and the split.
+
+    Raises:
+        ValueError: there is no curve, or more than colours.
+    """
+    if not curves:
+        raise ValueError(f"{path}: there are no curves to draw")
+    colours = _colours(list(curves), path, _CATEGORIES[1:])
+    figure = Figure(figsize=(5.6, 3.9), layout=_layout())
+    axes = figure.add_subplot()
+    for name, curve in curves.items():
+        label = f"{name} (area {100 * curve.area:.1f})"
+        axes.plot(100 * curve.coverage, 100 * curve.risk, color=colours[name], linewidth=1.8, label=label)
+    whole = 100 * next(iter(curves.values())).risk[-1]
+    axes.axhline(whole, color=_MUTED, linewidth=1.2, linestyle="--", label=f"chance (area {whole:.1f})")
+    axes.set_xlim(0, 100)
+    axes.set_ylim(0, None)
+    axes.set_xlabel("answered, percent", color=_MUTED)
+    axes.set_ylabel("wrong among them, percent", color=_MUTED)
+    _quiet(axes)
+    axes.legend(frameon=False, labelcolor=_INK, fontsize=9, title="the surest first, by", alignment="left")
     axes.set_title(title, loc="left", color=_INK, weight="bold", pad=10)
     figure.savefig(path, dpi=160)
 
