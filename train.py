@@ -32,6 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 import hf_datasets
 import modeling_qlung
+from hf_datasets.hub import HubError, Repository
 from modeling_qlung import QLungFeatureExtractor, QLungForAudioClassification
 from modeling_qlung.evaluation.benchmark import write_benchmark
 from modeling_qlung.evaluation.flatness import measure_flatness
@@ -40,6 +41,7 @@ from modeling_qlung.evaluation.model_card import RunDescription, build_model_car
 from modeling_qlung.evaluation.plots import (
     plot_confusion_matrix,
     plot_quality_histogram,
+    plot_risk_coverage,
     plot_training_curves,
 )
 from modeling_qlung.evaluation.report import (
@@ -52,6 +54,7 @@ from modeling_qlung.evaluation.report import (
     write_predictions,
     write_text,
 )
+from modeling_qlung.evaluation.risk_coverage import selective_scores
 from modeling_qlung.evaluation.tasks import TASKS, Task, task_of
 from modeling_qlung.training.arguments import (
     Arguments,
@@ -67,15 +70,17 @@ from modeling_qlung.training.arguments import (
 )
 from modeling_qlung.training.as_published import cut_recordings
 from modeling_qlung.training.build import build_trainer, fit_extractor
-from modeling_qlung.training.data import CycleCollator, count_classes, decode_cycles, row_id, score_quality
+from modeling_qlung.training.data import add_degraded_copies, count_classes, decode_cycles, row_id, score_quality
 from modeling_qlung.training.grid import GridRun, expand_rows, launcher_variables, run_grid
+from modeling_qlung.training.hub import repository_name, run_files
 from modeling_qlung.training.losses import CrossEntropyLoss
 from modeling_qlung.training.sampling import patient_split
+from modeling_qlung.training.streaming import ParquetCycles
 from modeling_qlung.training.trainer import QLungTrainer, last_whole_checkpoint, leave_process_group
 
 logger = logging.getLogger("train")
 
-METRICS, FLATNESS = "metrics.json", "flatness.json"
+METRICS, PREDICTIONS, FLATNESS = "metrics.json", "predictions.parquet", "flatness.json"
 LOCAL = "local:"  # stands before the name of a pretrained encoder's folder in what is published
 
 # What says where, how fast and how noisily a run goes, and nothing of what comes out: it is neither compared with an
@@ -88,9 +93,16 @@ OF_THE_MACHINE = {
     "ddp_backend",
     "disable_tqdm",
     "folds",
+    "hub_always_push",
+    "hub_model_id",
+    "hub_private_repo",
+    "hub_revision",
+    "hub_strategy",
+    "hub_token",
     "inspect_cycles",
     "log_level",
     "output_dir",
+    "push_to_hub",
     "report_to",
     "resume_from_checkpoint",
     "save_total_limit",
@@ -114,13 +126,28 @@ OF_THE_MEASUREMENT = {
 
 @dataclass
 class Data:
-    """Decoded cycles: training ones, those of validation patients (if any are kept apart), and what is tested on."""
+    """Decoded cycles: training ones, those of validation patients (if any are kept apart), and what is tested on.
+
+    Where the training set is streamed, `train` is a sample of it.
+    """
 
     train: Dataset
+    stream: ParquetCycles | None
     validation: Dataset | None
     tests: dict[str, Dataset]
     elsewhere: dict[str, Dataset]  # of other datasets, by `DATASET:SPLIT`
     missing: str | None  # what of the dataset was not there
+
+    @property
+    def training_patients(self) -> set[str]:
+        """The patients that are trained on."""
+        return set(self.train["patient_id"][:]) if self.stream is None else self.stream.patients
+
+    def training_counts(self, task: Task) -> dict[str, int]:
+        """Count the training cycles of each class."""
+        if self.stream is None:
+            return count_classes(self.train, task)
+        return dict(zip(task.classes, self.stream.class_counts, strict=True))
 
     @property
     def held_out(self) -> dict[str, Dataset]:
@@ -129,6 +156,8 @@ class Data:
 
     def scored_along(self, select_on: str) -> Dataset | None:
         """Give what is scored during training, for `--select_on`."""
+        if select_on == "validation" and self.validation is None:
+            raise SystemExit("--train_parquet has no split `validation`: add one, or choose another --select_on.")
         if select_on in ("validation", "last"):
             return self.validation
         if select_on in self.tests:
@@ -139,9 +168,14 @@ class Data:
 
 
 def load_splits(
-    args: DataArguments | EvaluationArguments, dataset: str, sampling_rate: int, task: Task, **options: Any
+    args: DataArguments | EvaluationArguments,
+    dataset: str,
+    sampling_rate: int,
+    task: Task,
+    left_out: str | None = None,
+    **options: Any,
 ) -> tuple[dict[str, Dataset], str | None]:
-    """Load and decode a dataset's splits; gives them, and what of the dataset was not there."""
+    """Load and decode a dataset's splits but the one left out; gives them, and what of the dataset was not there."""
     if args.continuous_as_wheeze and dataset == "sprsound":
         options["continuous_as_wheeze"] = True
     published = "preparation" in (args.as_published or ())
@@ -154,6 +188,7 @@ def load_splits(
         **options,
     )
     missing = next(iter(splits.values())).info.description or None
+    splits = {name: split for name, split in splits.items() if name != left_out}
     if published:
         splits = {name: cut_recordings(split, sampling_rate) for name, split in splits.items()}
     return {name: decode_cycles(split, sampling_rate, task) for name, split in splits.items()}, missing
@@ -176,7 +211,11 @@ def load_data(args: DataArguments, seed: int, sampling_rate: int) -> Data:
     """Load, decode and split; the validation patients depend on the seed."""
     task = TASKS[args.task]
     options = {"train_patients": args.simulated_patients} if args.dataset == "simulated" else {}
-    tests, missing = load_splits(args, args.dataset, sampling_rate, task, **options)
+    left_out = None if args.train_parquet is None else "train"
+    tests, missing = load_splits(args, args.dataset, sampling_rate, task, left_out, **options)
+    if args.train_parquet is not None:
+        stream = ParquetCycles(args.train_parquet, sampling_rate, task, args.cache_dir)
+        return Data(stream.sample(), stream, stream.validation(), tests, load_elsewhere(args, sampling_rate), missing)
     if "train" not in tests:
         raise SystemExit(f"{args.data_dir} holds no training part of {args.dataset}, only {', '.join(tests)}.")
     if args.fold is None:
@@ -194,13 +233,20 @@ def load_data(args: DataArguments, seed: int, sampling_rate: int) -> Data:
     if args.validation_fraction:
         kept, held_out = patient_split(train["patient_id"][:], train["label"][:], args.validation_fraction, seed)
         train, validation = train.select(kept), train.select(held_out)
+    if args.degraded_copies:
+        train = add_degraded_copies(train, args.degraded_copies, sampling_rate, seed)
+    return Data(train, None, validation, tests, load_elsewhere(args, sampling_rate), missing)
+
+
+def load_elsewhere(args: DataArguments, sampling_rate: int) -> dict[str, Dataset]:
+    """Load and decode what is tested on beside the dataset's own tests, as far as it is there."""
     elsewhere = {}
     for name in args.also_test or ():
         try:
-            elsewhere[name] = load_part(args, name, sampling_rate, task)
+            elsewhere[name] = load_part(args, name, sampling_rate, TASKS[args.task])
         except (OSError, ValueError) as error:  # a row's other dataset may not be at hand
             logger.warning("--also_test %s is left out: %s", name, error)
-    return Data(train, validation, tests, elsewhere, missing)
+    return elsewhere
 
 
 def run(recipe: Recipe, arguments: Arguments, seed: int, run_dir: Path) -> dict[str, Any]:
@@ -231,11 +277,14 @@ def train_and_test(recipe: Recipe, arguments: Arguments, seed: int, run_dir: Pat
     set_seed(seed)
     training.seed = training.data_seed = seed
     training.output_dir = str(run_dir / "checkpoints")
+    # The Trainer would push commits of its own under its own card, and pickle the token; `upload` does it in the end.
+    training.push_to_hub, training.hub_token = False, None
     try:
         with training.main_process_first(desc="reading the data"):
             data = load_data(data_args, seed, QLungFeatureExtractor(front_end=data_args.front_end).sampling_rate)
+        scored = data.scored_along(method.select_on)
         extractor = fit_extractor(data_args, data.train)
-        trainer = build_trainer(data.train, data.scored_along(method.select_on), extractor, arguments)
+        trainer = build_trainer(data.train if data.stream is None else data.stream, scored, extractor, arguments)
     except (OSError, ValueError) as error:  # missing files, no network, impossible settings: their messages say it all
         raise SystemExit(f"train.py: error: {as_options(error)}") from error
     if trainer.is_world_process_zero():
@@ -280,8 +329,8 @@ def inspect(arguments: Arguments, seed: int, run_dir: Path) -> None:
 
 def score(folder: Path, rows: list[dict[str, Any]], task: Task) -> dict[str, Any]:
     """Write the predictions, and give their scores."""
-    write_predictions(folder / "predictions.parquet", rows)
-    return score_predictions(read_predictions(folder / "predictions.parquet"), task)
+    write_predictions(folder / PREDICTIONS, rows)
+    return score_predictions(read_predictions(folder / PREDICTIONS), task)
 
 
 def as_options(error: Exception) -> str:
@@ -291,13 +340,23 @@ def as_options(error: Exception) -> str:
 
 def publishable(options: dict[str, Any], seed: int) -> dict[str, Any]:
     """Give the options that say what comes out of a run, without folders of this machine."""
-    kept = {name: value for name, value in options.items() if name not in OF_THE_MACHINE}
+    left_out = OF_THE_MACHINE - ({"dataloader_num_workers"} if "train_parquet" in options else set())
+    kept = {name: value for name, value in options.items() if name not in left_out}
     folder = Path(kept.get("encoder") or "")
-    if "encoder" in kept and folder.is_dir():  # known again by its name and content
+    if "encoder" in kept and folder.is_dir():
         files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
-        digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-        kept["encoder"] = f"{LOCAL}{folder.resolve().name}-{digest[:12]}"
+        kept["encoder"] = local_name(folder, b"".join(path.read_bytes() for path in files))
+    folder = Path(kept.get("train_parquet") or "")
+    if "train_parquet" in kept and folder.is_dir():
+        files = sorted(folder.rglob("*.parquet"))
+        sizes = "".join(f"{path.relative_to(folder)} {path.stat().st_size}\n" for path in files)
+        kept["train_parquet"] = local_name(folder, sizes.encode())
     return {**kept, "seed": seed}
+
+
+def local_name(folder: Path, content: bytes) -> str:
+    """Name a folder of this machine so that it is known again, by its own name and what is in it."""
+    return f"{LOCAL}{folder.resolve().name}-{hashlib.sha256(content).hexdigest()[:12]}"
 
 
 def about(recipe: Recipe) -> dict[str, Any]:
@@ -331,7 +390,7 @@ def check_same_run(run_dir: Path, options: dict[str, Any]) -> None:
 def predict(trainer: QLungTrainer, split: str, cycles: Dataset) -> list[dict[str, Any]]:
     """Classify a split: one row per cycle, those without a label too."""
     logits = trainer.predict(cycles, metric_key_prefix=split).predictions
-    collator = CycleCollator(trainer.feature_extractor)
+    quality = score_quality(trainer.feature_extractor, cycles)
     known = cycles.with_format(None).remove_columns("waveform")
     return [
         {
@@ -341,9 +400,9 @@ def predict(trainer: QLungTrainer, split: str, cycles: Dataset) -> list[dict[str
             "label": row["label"],
             "prediction": int(scores.argmax()),
             "logits": scores.tolist(),
-            "quality": collator.quality(row),
+            "quality": float(score),
         }
-        for row, scores in zip(known, logits, strict=True)
+        for row, scores, score in zip(known, logits, quality, strict=True)
     ]
 
 
@@ -362,8 +421,9 @@ def describe(
     task = TASKS[options.get("task", DataArguments.task)]
     told = about(recipe)
     local = str(options.get("encoder", "")).startswith(LOCAL)
-    folders = [name for name, asked in (("data_dir", dataset != "simulated"), ("encoder", local)) if asked]
-    training_patients = set(data.train["patient_id"][:])
+    streamed = str(options.get("train_parquet", "")).startswith(LOCAL)
+    needed = {"data_dir": dataset != "simulated", "encoder": local, "train_parquet": streamed}
+    folders = [name for name, asked in needed.items() if asked]
     return RunDescription(
         model_name=f"QLung {recipe.name}",
         recipe=recipe.name,
@@ -373,9 +433,12 @@ def describe(
         options=options,
         dataset=dataset,
         task=task,
-        counts={name: count_classes(part, task) for name, part in {"train": data.train, **data.held_out}.items()},
+        counts={
+            "train": data.training_counts(task),
+            **{name: count_classes(part, task) for name, part in data.held_out.items()},
+        },
         shared_patients={
-            name: len(training_patients & set(part["patient_id"][:])) for name, part in data.held_out.items()
+            name: len(data.training_patients & set(part["patient_id"][:])) for name, part in data.held_out.items()
         },
         metrics=metrics,
         selection=method.select_on if method.select_on in ("validation", "last") else "test",
@@ -391,8 +454,8 @@ def describe(
             "encoder": config.audio_config.model_type,
             "layers": sum(getattr(config.audio_config, "depths", [config.audio_config.num_hidden_layers])),
             "hidden size": config.hidden_size,
-            "frames": extractor.max_length,
-            "duration (s)": extractor.duration,
+            "frames": " or ".join(map(str, extractor.input_frames)),
+            "duration (s)": " or ".join(map(str, extractor.durations or [extractor.duration])),
             "padding": extractor.padding,
             "pooling": config.pooling,
             "head": config.head,
@@ -407,13 +470,18 @@ def describe(
 
 
 def draw_run(run_dir: Path, description: RunDescription, train: Dataset, trainer: QLungTrainer) -> dict[str, str]:
-    """Draw a run's confusions, training curves and quality; gives the figures' names by their captions."""
+    """Draw a run's confusions, abstention, training curves and quality; gives the figures' names by their captions."""
     figures, classes = {}, description.task.classes
+    predictions = read_predictions(run_dir / PREDICTIONS)
     for name, scores in description.metrics.items():
         file = f"confusion_matrix_{name.replace(':', '_')}.png"
         figures[f"Confusion matrix, {name}"] = file
         title = f"{description.recipe}, {name if ':' in name else f'{description.dataset} {name}'}"
         plot_confusion_matrix(scores["confusion_matrix"], classes, run_dir / file, title)
+        answers = predictions[predictions["split"].eq(name) & predictions["label"].notna()]
+        if len(answers):
+            figures[f"What abstaining buys, {name}"] = file = file.replace("confusion_matrix", "risk_coverage")
+            plot_risk_coverage(selective_scores(answers), run_dir / file, title)
     history = trainer.state.log_history
     if any("loss" in entry or "eval_loss" in entry for entry in history):
         figures["Training curves"] = "training_curves.png"
@@ -437,7 +505,9 @@ def train(argv: list[str]) -> None:
     """Run a recipe, once per fold and seed, and print its scores."""
     recipe, (data, _, method, training) = parse(argv)
     quiet_unless_first(training.process_index)
-    runs = [run(*at_fold(argv, fold), seed, run_dir) for fold, seed, run_dir in parts(data, method, training)]
+    planned = parts(data, method, training)
+    repositories = open_repositories(training, [run_dir for *_, run_dir in planned])
+    runs = [run(*at_fold(argv, fold), seed, run_dir) for fold, seed, run_dir in planned]
     if training.process_index == 0:
         summary = summarize_seeds(runs, TASKS[data.task])
         output_dir = Path(str(training.output_dir))
@@ -445,6 +515,29 @@ def train(argv: list[str]) -> None:
             write_metrics(output_dir / "summary.json", summary)
         print(f"\n{recipe.name}, {len(runs)} run{'s' if len(runs) > 1 else ''}, in {output_dir}\n")
         print(format_table(summary, TASKS[data.task]))
+        upload(repositories, f"Train {recipe.name}")
+
+
+def open_repositories(training: QLungTrainingArguments, folders: list[Path]) -> dict[Path, Repository]:
+    """Make each run's repository on the Hub, if it is to have one, before training: a wrong name or token shows now."""
+    if not training.push_to_hub or training.process_index:
+        return {}
+    options = {"token": training.hub_token, "private": training.hub_private_repo, "revision": training.hub_revision}
+    output_dir = Path(str(training.output_dir))
+    try:
+        names = {folder: repository_name(str(training.hub_model_id), folder, output_dir) for folder in folders}
+        return {folder: Repository(name, "model", **options).create() for folder, name in names.items()}
+    except HubError as error:
+        raise SystemExit(f"train.py: error: {error}") from error
+
+
+def upload(repositories: dict[Path, Repository], message: str) -> None:
+    """Send what is published of each run to its repository, in one commit."""
+    for folder, repository in repositories.items():
+        try:
+            print(f"{folder} is at {repository.push(run_files(folder, repository.repo_id), message)}")
+        except (FileNotFoundError, HubError) as error:
+            raise SystemExit(f"train.py: error: {error}. Nothing is lost: {folder} holds the whole run.") from error
 
 
 def evaluate(argv: list[str]) -> None:
@@ -511,6 +604,10 @@ def benchmark(argv: list[str]) -> None:
         words = [*row.arguments, *shared, f"--seed={seed}", f"--inspect_cycles={args.inspect_cycles}"]
         words += [] if fold is None else [f"--fold={fold}"]
         recipe, arguments = parse(words)  # a row that cannot run is refused before any runs
+        if arguments[3].push_to_hub:
+            raise SystemExit(
+                "--benchmark uploads nothing: choose a run, and give its command and --output_dir with --push_to_hub."
+            )
         check_same_run(folder, publishable(recipe.options, seed))
         runs.append(GridRun(str(folder.relative_to(output_dir)), folder, [*words, f"--output_dir={folder}"]))
         pending += [] if ended(folder, args.inspect_cycles) else [runs[-1]]

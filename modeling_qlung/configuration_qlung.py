@@ -33,6 +33,9 @@ class QLungConfig(PreTrainedConfig):
             Dropout on the pooled embedding, before the head.
         class_priors (`list[float]`, *optional*):
             Share of each class in the training set, in label order; informative at inference.
+        input_frames (`list[int]`, *optional*):
+            Numbers of frames that an AST takes, ascending, the last one its `max_length`: a shorter input gets the
+            middle columns of the position grid. Defaults to `max_length` alone. Not for CLAP.
 
     Raises:
         ValueError: for an unknown encoder, pooling or head, a CLAP tower with feature fusion or of contradictory
@@ -51,6 +54,7 @@ class QLungConfig(PreTrainedConfig):
         scale: float = 37.0,
         dropout: float = 0.0,
         class_priors: list[float] | None = None,
+        input_frames: list[int] | None = None,
         **kwargs,
     ):
         if audio_config is None:
@@ -66,6 +70,7 @@ class QLungConfig(PreTrainedConfig):
         self.scale = scale
         self.dropout = dropout
         self.class_priors = class_priors
+        self.input_frames = input_frames
         if kwargs.get("id2label") is None and kwargs.get("num_labels", len(LABELS)) == len(LABELS):
             kwargs["id2label"] = dict(enumerate(LABELS))
             kwargs["label2id"] = {name: index for index, name in enumerate(LABELS)}
@@ -101,6 +106,7 @@ class QLungConfig(PreTrainedConfig):
             raise ValueError(f"scale is {self.scale}; it must be positive.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1).")
+        self._validate_input_frames()
         if self.class_priors is not None:
             if len(self.class_priors) != self.num_labels:
                 raise ValueError(
@@ -109,6 +115,19 @@ class QLungConfig(PreTrainedConfig):
                 )
             if min(self.class_priors) < 0 or not math.isclose(sum(self.class_priors), 1.0, abs_tol=1e-3):
                 raise ValueError(f"class_priors are {self.class_priors}; they must be shares that add up to 1.")
+
+    def _validate_input_frames(self) -> None:
+        frames, encoder = self.input_frames, self.audio_config
+        if frames is None:
+            return
+        if encoder.model_type != AST:
+            raise ValueError(f"input_frames are {frames}, but CLAP stretches all input to one grid: leave them out.")
+        ascend = frames and frames == sorted(set(frames))
+        if not ascend or frames[0] < encoder.patch_size or frames[-1] != encoder.max_length:
+            raise ValueError(
+                f"input_frames are {frames}; they must ascend from at least a patch's {encoder.patch_size} to the "
+                f"audio_config's max_length of {encoder.max_length}."
+            )
 
     @property
     def poolings(self) -> tuple[str, ...]:
@@ -122,7 +141,7 @@ class QLungConfig(PreTrainedConfig):
 
     @property
     def max_frames(self) -> int:
-        """Longest input. AST takes no other length; CLAP stretches a shorter one in time to its grid."""
+        """Longest input. AST takes no length that is not among `input_frames`; CLAP stretches shorter ones."""
         if self.audio_config.model_type == AST:
             return self.audio_config.max_length
         return self.audio_config.spec_size * (self.audio_config.spec_size // self.audio_config.num_mel_bins)

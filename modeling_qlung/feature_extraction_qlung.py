@@ -1,4 +1,4 @@
-"""Feature extractor of QLung: waveforms of any length to normalised log-mel filterbanks of one fixed length."""
+"""Feature extractor of QLung: waveforms of any length to normalised log-mel filterbanks of one length, or of a few."""
 
 import math
 
@@ -17,8 +17,8 @@ PADDINGS = ("cyclic", "zero", "zero_centered")
 
 class QLungFeatureExtractor(SequenceFeatureExtractor):
     r"""
-    Turns respiratory cycles of any length into the fixed-size input of a QLung model: cut or pad to `duration`, log-mel
-    filterbank of the encoder's front end, `(x - mean) / (2 * std)`.
+    Turns respiratory cycles of any length into the input of a QLung model: cut or pad to `duration`, or to the smallest
+    of `durations` that holds the cycle, log-mel filterbank of the encoder's front end, `(x - mean) / (2 * std)`.
 
     A waveform longer than `duration` is cut. A shorter one is repeated (`padding="cyclic"`) or put into silence
     (`"zero"`, `"zero_centered"`), and the last `fade_out` seconds of the padded clip fade linearly to zero, as in the
@@ -34,6 +34,10 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         duration (`float`, *optional*, defaults to 8.0):
             Length of the padded clip, in seconds. CLAP was trained on 10 s (1,001 frames), takes up to 10.23 s, and
             stretches what is shorter in time to its grid of 1,024 frames.
+        durations (`list[float]`, *optional*):
+            Lengths of the padded clip, in seconds, ascending, the last one `duration`: each waveform gets the smallest
+            that holds it, so that an AST pays for no more than that. Its configuration names them, in frames, as
+            `input_frames`. Not for CLAP, which stretches all to one grid.
         num_frames (`int`, *optional*):
             Number of frames given out. Defaults to what `duration` holds (798 for 8 s; 801 for CLAP). Kaldi's front end
             makes further frames zero before normalisation, as in SAM-AST's 1024; in CLAP's decibels zero is loud, and
@@ -59,6 +63,7 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         padding_value: float = 0.0,
         front_end: str = "kaldi",
         duration: float = 8.0,
+        durations: list[float] | None = None,
         num_frames: int | None = None,
         padding: str = "cyclic",
         fade_in: float = 0.0,
@@ -82,14 +87,17 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         mean, std = (default.mean if mean is None else mean), (default.std if std is None else std)
         self.front_end = front_end
         self.duration = duration
+        self.durations = durations
+        self._validate_durations(num_frames)
         frame_length = self.filterbank.frame_length
         if padding not in PADDINGS:
             raise ValueError(f"padding is {padding!r}; choose one of {', '.join(PADDINGS)}.")
-        if self.num_samples < frame_length:
+        shortest = (durations or [duration])[0]
+        if self.clip_lengths[0] < frame_length:
             frame = frame_length / self.sampling_rate
-            raise ValueError(f"duration is {duration} s; it must hold one frame of {frame:.4g} s.")
-        if min(fade_in, fade_out) < 0 or max(fade_in, fade_out) > duration:
-            raise ValueError(f"fade_in is {fade_in} and fade_out {fade_out} s; both must be within [0, {duration}].")
+            raise ValueError(f"duration is {shortest} s; it must hold one frame of {frame:.4g} s.")
+        if min(fade_in, fade_out) < 0 or max(fade_in, fade_out) > shortest:
+            raise ValueError(f"fade_in is {fade_in} and fade_out {fade_out} s; both must be within [0, {shortest}].")
         if std <= 0:
             raise ValueError(f"std is {std}; it must be positive.")
         if num_frames is not None and num_frames < 1:
@@ -110,20 +118,48 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         self.quality_normalization = quality_normalization
         self.quality_statistics = quality_statistics
 
+    def _validate_durations(self, num_frames: int | None) -> None:
+        if self.durations is None:
+            return
+        if self.front_end == "clap":
+            raise ValueError("CLAP stretches all input to one grid, a shorter one costs as much: leave durations out.")
+        if num_frames is not None:
+            raise ValueError(f"num_frames is {num_frames}, but durations give each clip its own: leave one out.")
+        ascending = self.durations == sorted(set(self.durations))
+        if len(self.durations) < 2 or not ascending or self.durations[-1] != self.duration:
+            raise ValueError(
+                f"durations are {self.durations}; give two or more in ascending order, the last one the duration of "
+                f"{self.duration} s."
+            )
+
     @property
     def filterbank(self) -> KaldiFilterbank | ClapFilterbank:
         """The front end, at this rate and number of bands."""
         return FRONT_ENDS[self.front_end](self.sampling_rate, self.feature_size)
 
     @property
+    def clip_lengths(self) -> list[int]:
+        """Lengths that a padded clip may have, in samples, ascending."""
+        return [round(duration * self.sampling_rate) for duration in self.durations or [self.duration]]
+
+    @property
     def num_samples(self) -> int:
-        """Length of the padded clip, in samples."""
-        return round(self.duration * self.sampling_rate)
+        """Length of the longest padded clip, in samples."""
+        return self.clip_lengths[-1]
+
+    @property
+    def input_frames(self) -> list[int]:
+        """Numbers of frames that may be given out, ascending."""
+        return [self.num_frames or self.filterbank.num_frames(length) for length in self.clip_lengths]
 
     @property
     def max_length(self) -> int:
-        """Number of frames given out."""
-        return self.num_frames or self.filterbank.num_frames(self.num_samples)
+        """Largest number of frames given out."""
+        return self.input_frames[-1]
+
+    def bucket(self, num_samples: int | np.ndarray) -> np.ndarray:
+        """Give the index in `clip_lengths` of what waveforms of so many samples become, in the shape given."""
+        return np.searchsorted(self.clip_lengths[:-1], num_samples)  # what is longer than all is cut to the last
 
     def __call__(
         self,
@@ -147,7 +183,9 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
 
         Returns:
             `BatchFeature`: `input_values` of shape (batch, `max_length`, `feature_size`), and `quality` (batch,) if
-            asked for.
+            asked for. With several `durations`: as many frames as the longest of the batch, `padding_value` after each
+            item's own (in a list of arrays, its own alone), and `num_frames` (batch,), which tells them to the model.
+            An item's values do not depend on the others.
 
         Raises:
             ValueError: for another sampling rate, more than one channel, integer samples, and empty, NaN or infinite
@@ -163,8 +201,18 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
                 "example with soxr.resample(waveform, rate, model_rate)."
             )
         waveforms = [self._validated(waveform, index) for index, waveform in enumerate(_as_batch(raw_speech))]
-        features = self.extract_features(torch.stack([self.fit_length(waveform) for waveform in waveforms]).to(device))
-        data: dict = {"input_values": features if return_tensors == "pt" else list(features.cpu().numpy())}
+        clips = [self.fit_length(waveform) for waveform in waveforms]
+        if self.durations is None:
+            features = self.extract_features(torch.stack(clips).to(device))
+            data: dict = {"input_values": features if return_tensors == "pt" else list(features.cpu().numpy())}
+        else:
+            num_samples = torch.tensor([clip.numel() for clip in clips])
+            padded = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True).to(device)
+            features, num_frames = self.extract_mixed_features(padded, num_samples)
+            values = features if return_tensors == "pt" else list(features.cpu().numpy())
+            if return_tensors is None:
+                values = [value[:frames] for value, frames in zip(values, num_frames.tolist(), strict=True)]
+            data = {"input_values": values, "num_frames": num_frames.numpy()}
         if return_quality:
             data["quality"] = np.array([self.quality(waveform) for waveform in waveforms], dtype=np.float32)
         return BatchFeature(data, tensor_type=return_tensors)
@@ -190,13 +238,20 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
                 f"Waveform {index} holds {waveform.dtype}: convert integer samples to float in [-1, 1] first."
             )
         waveform = waveform.to(torch.float32)
-        if not torch.isfinite(waveform).all():
+        # A NaN is both the smallest and the largest; asking of every sample takes eight times as long.
+        if not torch.isfinite(torch.stack(waveform.aminmax())).all():
             raise ValueError(f"Waveform {index} holds NaN or infinite samples: repair or drop the recording.")
         return waveform
 
-    def fit_length(self, waveform: torch.Tensor) -> torch.Tensor:
-        """Cut or pad a waveform (samples,) to `num_samples` and fade it: the first half of the preparation."""
-        length, target = waveform.numel(), self.num_samples
+    def fit_length(self, waveform: torch.Tensor, num_samples: int | None = None) -> torch.Tensor:
+        """Cut or pad a waveform (samples,) and fade it: the first half of the preparation.
+
+        Args:
+            waveform: shape (samples,), float32.
+            num_samples: one of `clip_lengths`; the smallest that holds the waveform if None.
+        """
+        length = waveform.numel()
+        target = num_samples or self.clip_lengths[int(self.bucket(length))]
         if length >= target:
             clip = waveform[:target]
         elif self.padding == "cyclic":
@@ -206,8 +261,8 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
             clip = torch.nn.functional.pad(waveform, (before, target - length - before))
         fade_in = round(self.fade_in * self.sampling_rate)
         fade_out = round(self.fade_out * self.sampling_rate) if length < target else 0
-        if fade_in or fade_out:
-            clip = clip.clone()
+        if fade_in and length >= target:
+            clip = clip.clone()  # a cut is still part of what was given
         if fade_in:
             clip[:fade_in] *= torch.linspace(0, 1, fade_in, device=clip.device)
         if fade_out:
@@ -218,17 +273,39 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         """Make normalised log-mel features of clips, on their device: the second half of the preparation.
 
         Args:
-            clips: shape (batch, `num_samples`), float32, each from [`fit_length`].
+            clips: shape (batch, samples), float32, each from [`fit_length`], all of one of `clip_lengths`.
 
         Returns:
-            Shape (batch, `max_length`, `feature_size`).
+            Shape (batch, frames, `feature_size`).
         """
         # On a CPU one clip at a time stays in the cache, and is four times faster than a batch.
         chunks = clips.split(1) if clips.device.type == "cpu" else (clips,)
         features = torch.cat([self.filterbank(chunk) for chunk in chunks])
-        features = features[:, : self.max_length]
-        features = torch.nn.functional.pad(features, (0, 0, 0, self.max_length - features.shape[1]))
+        if self.num_frames is not None:
+            features = features[:, : self.num_frames]
+            features = torch.nn.functional.pad(features, (0, 0, 0, self.num_frames - features.shape[1]))
         return (features - self.mean) / (2 * self.std)
+
+    def extract_mixed_features(
+        self, clips: torch.Tensor, num_samples: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make features of clips of several lengths, those of one length together.
+
+        Args:
+            clips: shape (batch, samples of the longest), float32, each from [`fit_length`] and padded at its end.
+            num_samples: length of each clip, (batch,), of `clip_lengths`.
+
+        Returns:
+            Shape (batch, frames of the longest, `feature_size`), `padding_value` after each item's frames, and the
+            number of each item's frames, (batch,).
+        """
+        num_frames = torch.tensor([self.filterbank.num_frames(length) for length in num_samples.tolist()])
+        features = clips.new_full((len(clips), int(num_frames.max()), self.feature_size), self.padding_value)
+        for length in num_samples.unique().tolist():
+            rows = num_samples == length
+            group = self.extract_features(clips[rows, :length])
+            features[rows, : group.shape[1]] = group
+        return features, num_frames
 
 
 def _as_batch(raw_speech) -> list:

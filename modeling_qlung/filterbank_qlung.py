@@ -49,10 +49,12 @@ class KaldiFilterbank:
     def __call__(self, waveforms: torch.Tensor) -> torch.Tensor:
         """Map waveforms (batch, samples), float32, to log-mel energies (batch, frames, num_mel_bins)."""
         device, fft_length = waveforms.device, 2 ** math.ceil(math.log2(self.frame_length))
+        window = _hann_window(self.frame_length, False, torch.float32, device)
         frames = waveforms.unfold(-1, self.frame_length, self.hop_length)
         frames = frames - frames.mean(dim=-1, keepdim=True)
-        previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)  # Kaldi repeats each frame's first sample
-        frames = torch.sub(frames, previous, alpha=0.97) * _hann_window(self.frame_length, False, torch.float32, device)
+        # The window starts at zero: without its first sample, no frame needs a predecessor from outside of it, and the
+        # power spectrum does not change when the frame moves by one.
+        frames = torch.sub(frames[..., 1:], frames[..., :-1], alpha=0.97).mul_(window[1:])
         power = _power(torch.fft.rfft(frames, n=fft_length))
         mel = power @ _kaldi_filters(self.num_mel_bins, self.sampling_rate, fft_length, device)
         return mel.clamp_min_(torch.finfo(torch.float32).eps).log_()
@@ -108,7 +110,7 @@ FRONT_ENDS: dict[str, type[KaldiFilterbank] | type[ClapFilterbank]] = {"kaldi": 
 
 
 def _power(spectrum: torch.Tensor) -> torch.Tensor:
-    return torch.view_as_real(spectrum).square().sum(dim=-1)
+    return spectrum.real.square().add_(spectrum.imag.square())
 
 
 @functools.lru_cache(maxsize=16)

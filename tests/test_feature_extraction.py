@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import soundfile
@@ -301,3 +303,70 @@ def test_reading_names_what_is_wrong(tmp_path):
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     with pytest.raises(ValueError, match="no sample"):
         read_audio(tmp_path / "empty.wav")
+
+
+# ---- Several durations ----
+
+
+def three_durations(**options) -> QLungFeatureExtractor:
+    return QLungFeatureExtractor(duration=2.0, durations=[0.5, 1.0, 2.0], **options)
+
+
+@pytest.mark.parametrize(
+    ("samples", "duration"), [(100, 0.5), (8000, 0.5), (8001, 1.0), (16000, 1.0), (16001, 2.0), (40000, 2.0)]
+)
+def test_a_waveform_gets_the_smallest_duration_that_holds_it(samples, duration):
+    waveform = noise(samples)
+    ours = three_durations()(waveform, sampling_rate=16000, return_tensors="pt")
+    alone = QLungFeatureExtractor(duration=duration)(waveform, sampling_rate=16000, return_tensors="pt")
+    assert torch.equal(ours.input_values, alone.input_values)
+    assert ours.num_frames.tolist() == [alone.input_values.shape[1]]
+
+
+def test_a_mixed_batch_holds_each_as_it_is_alone():
+    extractor = three_durations()
+    waveforms = [noise(30000, 1), noise(5000, 2), noise(12000, 3), noise(7000, 4)]
+    alone = [extractor(waveform, sampling_rate=16000).input_values[0] for waveform in waveforms]
+    assert [len(features) for features in alone] == [198, 48, 98, 48]
+    for kind in ("pt", "np"):
+        batch = extractor(waveforms, sampling_rate=16000, return_tensors=kind)
+        assert batch.input_values.shape == (4, 198, 128)
+        assert batch.num_frames.tolist() == [198, 48, 98, 48]
+        for features, frames, single in zip(batch.input_values, batch.num_frames, alone, strict=True):
+            np.testing.assert_array_equal(np.asarray(features[:frames]), single)
+            assert not features[frames:].any()
+    listed = extractor(waveforms, sampling_rate=16000, return_quality=True)
+    for features, single in zip(listed.input_values, alone, strict=True):
+        np.testing.assert_array_equal(features, single)
+    assert len(listed.quality) == 4
+
+
+def test_durations_are_saved_with_the_checkpoint_and_may_be_absent_from_it(tmp_path):
+    extractor = three_durations()
+    assert (extractor.num_samples, extractor.max_length, extractor.input_frames) == (32000, 198, [48, 98, 198])
+    extractor.save_pretrained(tmp_path)
+    assert AutoFeatureExtractor.from_pretrained(tmp_path).to_dict() == extractor.to_dict()
+    written = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    del written["durations"]  # as in checkpoints from before there were several
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(written))
+    before = AutoFeatureExtractor.from_pretrained(tmp_path)
+    assert before.to_dict() == {**QLungFeatureExtractor(duration=2.0).to_dict(), "auto_map": written["auto_map"]}
+    assert before(noise(100), sampling_rate=16000, return_tensors="pt").keys() == {"input_values"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"durations": [2.0, 4.0]}, r"durations are \[2\.0, 4\.0\].*the last one the duration of 8\.0 s"),
+        ({"durations": [4.0, 2.0, 8.0]}, "ascending order"),
+        ({"durations": [2.0, 2.0, 8.0]}, "ascending order"),
+        ({"durations": [8.0]}, "give two or more"),
+        ({"durations": [0.01, 8.0]}, r"duration is 0\.01 s; it must hold one frame"),
+        ({"durations": [0.05, 8.0]}, r"fade_out 0\.0625 s; both must be within \[0, 0\.05\]"),
+        ({"durations": [2.0, 8.0], "num_frames": 1024}, "num_frames is 1024, but durations give each clip its own"),
+        ({"durations": [2.0, 8.0], "front_end": "clap"}, "CLAP stretches all input to one grid"),
+    ],
+)
+def test_wrong_durations_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        QLungFeatureExtractor(**options)

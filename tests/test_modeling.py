@@ -3,9 +3,10 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import ASTConfig, AutoModel, ClapAudioConfig, ClapAudioModel
+from transformers import ASTConfig, ASTModel, AutoModel, ClapAudioConfig, ClapAudioModel
 
 from modeling_qlung import QLungConfig, QLungForAudioClassification, QLungModel
+from modeling_qlung.modeling_qlung import PatchProjection, cut_position_grid
 
 from .encoders import TINY_AST, TINY_CLAP
 
@@ -57,6 +58,35 @@ def test_poolings(features):
 def test_cls_dist_is_asts_own_pooling(features):
     model = QLungModel(tiny_config()).eval()
     torch.testing.assert_close(model(features).pooler_output, model.encoder(features).pooler_output)
+
+
+def test_the_encoder_gives_transformers_own_numbers_and_starts_from_its_own_weights(features):
+    torch.manual_seed(0)
+    model = QLungModel(tiny_config()).eval()
+    torch.manual_seed(0)
+    reference = ASTModel(ASTConfig(**TINY_AST, max_length=98)).eval()
+    for (name, value), (expected_name, expected) in zip(
+        model.encoder.state_dict().items(), reference.state_dict().items(), strict=True
+    ):
+        assert name == expected_name
+        assert torch.equal(value, expected), name
+    torch.testing.assert_close(model(features).last_hidden_state, reference(features).last_hidden_state)
+
+
+@pytest.mark.parametrize("stride", [(10, 10), (16, 7)])
+def test_the_patch_projection_is_the_convolution(stride):
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(1, 24, (16, 12), stride=stride).double()
+    projection = PatchProjection(1, 24, (16, 12), stride=stride).double()
+    projection.load_state_dict(convolution.state_dict())
+    spectrograms = torch.randn(2, 1, 128, 51, dtype=torch.float64)
+    gradients = []
+    for layer in (convolution, projection):
+        output = layer(spectrograms)
+        output.square().sum().backward()
+        gradients.append((output, layer.weight.grad, layer.bias.grad))
+    for expected, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_labels_add_plain_cross_entropy(features):
@@ -298,3 +328,115 @@ def test_a_half_precision_clap_still_has_a_float32_head(decibels):
     output = copy.deepcopy(model).to(torch.bfloat16)(decibels)
     assert output.logits.dtype == torch.float32
     torch.testing.assert_close(output.logits, reference, atol=2.0, rtol=0)
+
+
+# ---- Input of several lengths ----
+
+FRAMES = [48, 98, 198]
+
+
+def model_of_several_lengths(cls=QLungForAudioClassification, **config):
+    """With positions that are not all zero, as a fresh AST's are."""
+    torch.manual_seed(0)
+    model = cls(QLungConfig(audio_config={**TINY_AST, "max_length": 198}, input_frames=FRAMES, **config)).eval()
+    for parameter in model.base_model.encoder.embeddings.parameters(recurse=False):
+        torch.nn.init.normal_(parameter)
+    return model
+
+
+def cut_to(model, frames: int):
+    """The same weights in a model of that one length."""
+    config = QLungConfig(audio_config={**TINY_AST, "max_length": frames}, pooling=model.config.pooling)
+    state, name = model.state_dict(), "qlung.encoder.embeddings.position_embeddings"
+    state[name] = cut_position_grid(state[name], model.config.audio_config, config.audio_config)
+    short = QLungForAudioClassification(config).eval()
+    short.load_state_dict(state)
+    return short
+
+
+@pytest.mark.parametrize("frames", FRAMES)
+@pytest.mark.parametrize("pooling", ["cls_dist", "mean"])
+def test_a_shorter_input_equals_a_model_cut_for_it(frames, pooling):
+    model = model_of_several_lengths(pooling=pooling)
+    features = torch.randn(2, frames, 128)
+    output, expected = model(features), cut_to(model, frames)(features)
+    assert torch.equal(output.logits, expected.logits)
+    assert torch.equal(output.pooler_output, expected.pooler_output)
+
+
+def test_one_length_among_several_changes_nothing():
+    """At full length, bit for bit the numbers of Transformers' own embeddings."""
+    model = model_of_several_lengths()
+    plain = QLungForAudioClassification(QLungConfig(audio_config={**TINY_AST, "max_length": 198})).eval()
+    plain.load_state_dict(model.state_dict())
+    features = torch.randn(2, 198, 128)
+    assert torch.equal(model(features).logits, plain(features).logits)
+
+
+def test_the_gradient_reaches_the_columns_that_were_used():
+    model = model_of_several_lengths().train()
+    positions = model.qlung.encoder.embeddings.position_embeddings
+    model(torch.randn(2, 48, 128), labels=torch.tensor([0, 1])).loss.backward()
+    reached = positions.grad[0].abs().sum(dim=-1) > 0
+    assert reached[:2].all()
+    columns = reached[2:].unflatten(0, (12, 19))
+    assert columns.all(dim=0).tolist() == [7 <= column < 11 for column in range(19)]
+    assert (columns.any(dim=0) == columns.all(dim=0)).all()
+
+
+def test_a_mixed_batch_gives_each_item_what_it_gets_alone():
+    model = model_of_several_lengths()
+    num_frames = torch.tensor([98, 48, 198, 48, 98])
+    items = [torch.randn(frames, 128) for frames in num_frames.tolist()]
+    batch = torch.nn.utils.rnn.pad_sequence(items, batch_first=True, padding_value=9.0)
+    output, hidden = model(batch, num_frames=num_frames), model.qlung(batch, num_frames=num_frames)
+    assert hidden.last_hidden_state.shape == (5, 2 + 12 * 19, 16)
+    for index, item in enumerate(items):
+        alone = model(item[None])
+        torch.testing.assert_close(output.logits[index], alone.logits[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(hidden.pooler_output[index], alone.pooler_output[0], atol=1e-5, rtol=1e-5)
+        tokens = model.qlung(item[None]).last_hidden_state[0]
+        torch.testing.assert_close(hidden.last_hidden_state[index, : len(tokens)], tokens, atol=1e-5, rtol=1e-5)
+        assert not hidden.last_hidden_state[index, len(tokens) :].any()
+    assert torch.equal(model(batch, num_frames=num_frames, return_dict=False)[0], output.logits)
+
+
+def test_num_frames_of_one_length_cut_the_rest_off():
+    model = model_of_several_lengths()
+    batch, num_frames = torch.randn(2, 198, 128), torch.tensor([48, 48])
+    output = model(batch, num_frames=num_frames, output_hidden_states=True)
+    assert torch.equal(output.logits, model(batch[:, :48]).logits)
+    assert output.hidden_states[0].shape == (2, 2 + 12 * 4, 16)
+
+
+def test_what_lengths_do_not_fit_is_named():
+    model = model_of_several_lengths()
+    with pytest.raises(ValueError, match="50 frames and the encoder takes 48 or 98 or 198: prepare the audio"):
+        model(torch.zeros(1, 50, 128))
+    with pytest.raises(ValueError, match="num_frames is 98, and the input has 48 frames"):
+        model(torch.zeros(2, 48, 128), num_frames=torch.tensor([48, 98]))
+    with pytest.raises(ValueError, match="Items of 48 and 98 frames have hidden states and attentions of several"):
+        model(torch.zeros(2, 98, 128), num_frames=torch.tensor([48, 98]), output_hidden_states=True)
+    for frames in ([48, 98], [98, 48, 198], [], [10, 198]):
+        with pytest.raises(ValueError, match="must ascend from at least a patch's 16 to the audio_config's max_length"):
+            QLungConfig(audio_config={**TINY_AST, "max_length": 198}, input_frames=frames)
+    with pytest.raises(ValueError, match="CLAP stretches all input to one grid"):
+        clap_config(input_frames=[401, 801])
+
+
+def test_several_lengths_survive_saving(tmp_path):
+    model = model_of_several_lengths()
+    model.save_pretrained(tmp_path)
+    features = torch.randn(2, 48, 128)
+    loaded, info = QLungForAudioClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert loaded.config.input_frames == FRAMES
+    assert torch.equal(loaded(features).logits, model(features).logits)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path)(features).pooler_output, model(features).pooler_output)
+
+
+def test_a_new_model_of_several_lengths_is_initialised_as_any():
+    embeddings = QLungModel(QLungConfig(audio_config={**TINY_AST, "max_length": 198}, input_frames=FRAMES)).encoder
+    assert not embeddings.embeddings.position_embeddings.any()
+    assert not embeddings.embeddings.cls_token.any()
+    assert embeddings.embeddings.patch_embeddings.projection.weight.std() > 0.01

@@ -297,3 +297,12 @@ def test_another_rule_may_cut_the_grid(pretrained_ast):
 
     model = QLungModel.from_audio_encoder(str(pretrained_ast), duration=1.0, position_grid=constant)
     assert (model.encoder.embeddings.position_embeddings == 98).all()
+
+
+def test_a_shorter_input_gets_the_middle_of_the_middle(pretrained_ast):
+    """Cut from 101 columns to 79, and from those to 19 at 2 s: as if cut from 101 to 19."""
+    model = QLungModel.from_audio_encoder(str(pretrained_ast), num_frames=798, input_frames=[198, 398, 798]).eval()
+    for frames in (198, 398):
+        short = QLungModel.from_audio_encoder(str(pretrained_ast), num_frames=frames).eval()
+        features = torch.randn(1, frames, 128)
+        assert torch.equal(model(features).pooler_output, short(features).pooler_output)

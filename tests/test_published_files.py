@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForAudioClassification
+from transformers import AutoModelForAudioClassification, pipeline
 
 from modeling_qlung import QLungConfig, QLungFeatureExtractor, QLungForAudioClassification, QLungModel
 
@@ -20,7 +20,15 @@ PACKAGE = Path(__file__).parents[1] / "modeling_qlung"
 PUBLISHED = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__.py")
 
 ENCODER = {**TINY_AST, "max_length": 98}
-ENCODERS = {"kaldi": ENCODER, "clap": TINY_CLAP}  # by their front end
+# By their front end; in the second, the waveform of 0.77 s takes the shorter of two lengths.
+CHECKPOINTS = {
+    "kaldi": (QLungFeatureExtractor(duration=1.0), {"audio_config": ENCODER}),
+    "two durations": (
+        QLungFeatureExtractor(duration=1.0, durations=[0.8, 1.0]),
+        {"audio_config": ENCODER, "input_frames": [78, 98]},
+    ),
+    "clap": (QLungFeatureExtractor(front_end="clap", duration=1.0), {"audio_config": TINY_CLAP}),
+}
 
 
 def open_elsewhere(folder: Path, workdir: Path, *more: str, python: str = sys.executable) -> dict:
@@ -32,13 +40,12 @@ def open_elsewhere(folder: Path, workdir: Path, *more: str, python: str = sys.ex
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.fixture(scope="module", params=ENCODERS)
+@pytest.fixture(scope="module", params=CHECKPOINTS)
 def checkpoint(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.set_num_threads(2)
-    config = QLungConfig(audio_config=ENCODERS[request.param], class_priors=[0.4, 0.3, 0.2, 0.1])
-    model = QLungForAudioClassification(config).eval()
-    extractor = QLungFeatureExtractor(front_end=request.param, duration=1.0)
+    extractor, options = CHECKPOINTS[request.param]
+    model = QLungForAudioClassification(QLungConfig(**options, class_priors=[0.4, 0.3, 0.2, 0.1])).eval()
     model.save_pretrained(folder)
     extractor.save_pretrained(folder)
     waveform = (0.1 * np.random.default_rng(0).standard_normal(12345)).astype(np.float32)
@@ -63,6 +70,20 @@ def test_opens_every_way_with_equal_bits(checkpoint, tmp_path):
             zip(("normal", "crackle", "wheeze", "both"), output.logits[0].softmax(-1).tolist(), strict=True)
         )
         assert result["pipeline"] == expected
+
+
+def test_a_pipeline_takes_batches_of_several_lengths():
+    """Which it pads with zeros: each waveform is scored as it is alone."""
+    extractor, options = CHECKPOINTS["two durations"]
+    model = QLungForAudioClassification(QLungConfig(**options)).eval()
+    torch.nn.init.normal_(model.qlung.encoder.embeddings.position_embeddings)
+    classify = pipeline("audio-classification", model=model, feature_extractor=extractor)
+    rng = np.random.default_rng(0)
+    waveforms = [rng.standard_normal(samples).astype(np.float32) for samples in (15000, 9000, 16000, 20000, 5000)]
+    alone, together = classify(waveforms, batch_size=1), classify(waveforms, batch_size=5)
+    for one, other in zip(alone, together, strict=True):
+        assert [entry["label"] for entry in one] == [entry["label"] for entry in other]
+        assert [entry["score"] for entry in one] == pytest.approx([entry["score"] for entry in other], abs=1e-6)
 
 
 def test_a_broken_torchaudio_is_named(tmp_path):

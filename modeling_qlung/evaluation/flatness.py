@@ -241,8 +241,8 @@ def top_eigenvalue(
 
 def _draw(
     feature_extractor: QLungFeatureExtractor, cycles: Dataset, number: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (n, frames, mel bands) and labels (n,) of cycles drawn without replacement, in random order."""
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Features of (frames, mel bands) each and labels (n,) of cycles drawn without replacement, in random order."""
     labels = cycles["label"][:]
     labelled = np.flatnonzero([label is not None for label in labels])
     if not len(labelled):
@@ -251,8 +251,8 @@ def _draw(
     features = []
     for index in drawn:  # one by one: long clips of many cycles need not be in memory together
         clip = feature_extractor.fit_length(torch.from_numpy(cycles[int(index)]["waveform"].copy()))
-        features.append(feature_extractor.extract_features(clip[None]))
-    return torch.cat(features), torch.tensor([labels[index] for index in drawn])
+        features.append(feature_extractor.extract_features(clip[None])[0])
+    return features, torch.tensor([labels[index] for index in drawn])
 
 
 def _copy_to_measure(model: QLungForAudioClassification) -> QLungForAudioClassification:
@@ -265,17 +265,18 @@ def _copy_to_measure(model: QLungForAudioClassification) -> QLungForAudioClassif
 
 
 def _cross_entropy(
-    model: QLungForAudioClassification, features: torch.Tensor, labels: torch.Tensor, batch_size: int
+    model: QLungForAudioClassification, features: Sequence[torch.Tensor], labels: torch.Tensor, batch_size: int
 ) -> LossSurface:
     """Mean cross-entropy of the model's logits, in parts of `batch_size` cycles."""
 
-    def part(batch: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        logits = model(batch.to(model.device)).logits
-        return nn.functional.cross_entropy(logits, targets.to(model.device), reduction="sum") / len(labels)
+    def part(start: int) -> torch.Tensor:
+        items, targets = features[start : start + batch_size], labels[start : start + batch_size].to(model.device)
+        batch = nn.utils.rnn.pad_sequence(list(items), batch_first=True).to(model.device)
+        logits = model(batch, num_frames=torch.tensor([len(item) for item in items])).logits
+        return nn.functional.cross_entropy(logits, targets, reduction="sum") / len(labels)
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    batches = zip(features.split(batch_size), labels.split(batch_size), strict=True)
-    return LossSurface(parameters, [partial(part, *batch) for batch in batches])
+    return LossSurface(parameters, [partial(part, start) for start in range(0, len(labels), batch_size)])
 
 
 @contextlib.contextmanager

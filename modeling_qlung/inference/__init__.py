@@ -1,5 +1,6 @@
 """Reading, resampling and classifying recordings outside of training."""
 
 from .audio import read_audio, resample
+from .precision import fastest_dtype
 
-__all__ = ["read_audio", "resample"]
+__all__ = ["fastest_dtype", "read_audio", "resample"]

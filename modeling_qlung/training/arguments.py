@@ -15,6 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from ..evaluation.tasks import TASKS
+from ..feature_extraction_qlung import QLungFeatureExtractor
 from .as_published import FAULTS
 from .losses import LOSSES
 from .objectives import OBJECTIVES
@@ -59,6 +60,12 @@ class DataArguments:
     data_dir: str | None = _option(
         None, "Folder that holds ICBHI_final_database, BioCAS2022, or both; downloaded if not given."
     )
+    train_parquet: str | None = _option(
+        None,
+        "Train on Parquet files instead, read as they come, constant in memory: a folder or a Hub repository with a "
+        "split `train`, as `hf_datasets.publish` writes it. Its split `validation`, if any, chooses the epoch; tests "
+        "are those of --dataset.",
+    )
     cache_dir: str | None = _option(None, "Folder of the built datasets; by default the Hugging Face cache.")
     allow_missing_audio: bool = _option(False, "Train on less if recordings are missing, instead of an error.")
     continuous_as_wheeze: bool = _option(False, "SPRSound: count rhonchi and stridor as wheeze, not as unlabelled.")
@@ -78,6 +85,13 @@ class DataArguments:
         "kaldi", "Filterbank: Kaldi's at 16 kHz for an AST, CLAP's own at 48 kHz for its audio tower."
     )
     duration: float = _option(8.0, "Length of the model's input, in seconds; shorter cycles are padded.")
+    durations: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Several lengths instead, in seconds, ascending: a cycle is padded to the smallest that holds it, "
+            "and a training batch has cycles of one length. For an AST."
+        },
+    )
     num_frames: int | None = _option(None, "Length in frames; those beyond the duration are zero. From the duration.")
     padding: Literal["cyclic", "zero", "zero_centered"] = _option("cyclic", "How shorter cycles are padded.")
     fade_in: float = _option(0.0, "Linear fade at a clip's start, in seconds.")
@@ -92,6 +106,9 @@ class DataArguments:
     )
     quality_control: Literal["measured", "constant", "shuffled"] = _option(
         "measured", "Replace the training cycles' quality: by its mean, or by that of other cycles at random."
+    )
+    degraded_copies: float = _option(
+        0.0, "Share of the training cycles of which a copy, spoiled by noise, clipping or dropouts, is trained on too."
     )
 
 
@@ -170,7 +187,7 @@ class MethodArguments:
     freq_masks: int = _option(2, "SpecAugment: frequency masks per cycle.")
     freq_width: int = _option(48, "SpecAugment: largest width of a frequency mask, in mel bands.")
     time_masks: int = _option(2, "SpecAugment: time masks per cycle.")
-    time_width: int = _option(160, "SpecAugment: largest width of a time mask, in frames.")
+    time_width: int = _option(160, "SpecAugment: largest width of a time mask, in frames of the longest input.")
     waveform_augment: bool = _option(False, "Gain U(0.9, 1.1) and white noise of 1e-4, each half of the time.")
     select_on: str = _option(
         "validation",
@@ -211,11 +228,18 @@ class QLungTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = _option(False, "Kept off: the collator reads more columns than the model names.")
     logging_nan_inf_filter: bool = _option(False, "Kept off: it would hide a diverged loss.")
     ddp_find_unused_parameters: bool | None = _option(False, "Every parameter is used in every step.")
+    dataloader_num_workers: int | None = _option(
+        None, "Processes that read and pad batches, for each device: by default 2 beside a GPU, none on a CPU."
+    )
 
     def __post_init__(self):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise Transformers takes bf16 for a request for a GPU
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 0 if self.use_cpu else 2
         super().__post_init__()
+        # A batch goes to a GPU while that still works on the one before, which is safe from pinned memory alone.
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory and self.device.type == "cuda"
 
 
 @dataclass
@@ -333,12 +357,17 @@ def parse(argv: list[str]) -> tuple[Recipe, Arguments]:
     given = {word[2:].split("=")[0].replace("-", "_") for word in typed if word.startswith("--")}
     try:
         _settle_task(arguments)
+        _settle_durations(arguments, given)
+        _settle_stream(arguments)
         _settle_loss(arguments, given)
         _settle_objective(arguments, given)
         _settle_sharpness(arguments, given)
+        _settle_hub(arguments, given)
         before, after = _values(defaults), _values(groups)
         recipe.changes = {name: after[name] for name in sorted(given) if after.get(name) != recipe.options.get(name)}
         recipe.options = {name: value for name, value in after.items() if value != before[name]}
+        if arguments[0].train_parquet is not None:  # the order of its rows depends on the number of their readers
+            recipe.options["dataloader_num_workers"] = after["dataloader_num_workers"]
         _settle_selection(arguments)
     except ValueError as error:
         parser.error(str(error))
@@ -432,6 +461,10 @@ def _settle_task(arguments: Arguments) -> None:
         )
     if "spec_augment" in (data.as_published or ()) and not method.freq_masks + method.time_masks:
         raise ValueError("--as_published spec_augment changes nothing without masks: leave it out")
+    if not 0 <= data.degraded_copies <= 1:
+        raise ValueError(f"--degraded_copies is {data.degraded_copies}; it must be in [0, 1]")
+    if data.degraded_copies and data.front_end != "kaldi":
+        raise ValueError("--degraded_copies are made at 16 kHz, for Kaldi's front end alone")
     for fault in data.as_published or ():
         if fault not in FAULTS:
             raise ValueError(f"--as_published {fault}: the faults known are {', '.join(FAULTS)}")
@@ -442,6 +475,48 @@ def _settle_task(arguments: Arguments) -> None:
     for fold in [*(method.folds or ()), *([] if data.fold is None else [data.fold])]:
         if data.dataset != "icbhi" or not 0 <= fold < 5:
             raise ValueError(f"--fold {fold}: there are the folds 0 to 4, of icbhi")
+
+
+def _settle_durations(arguments: Arguments, typed: set[str]) -> None:
+    """Take the duration from several; the feature extractor checks them too, after the data has been read."""
+    data = arguments[0]
+    if data.durations is None:
+        return
+    if "duration" in typed and data.duration != data.durations[-1]:
+        raise ValueError(f"--duration {data.duration} goes with no --durations but such that end with it")
+    if "position_grid" in (data.as_published or ()):
+        raise ValueError("--as_published position_grid is known for one length alone: leave --durations out")
+    data.duration = data.durations[-1]
+    QLungFeatureExtractor(
+        front_end=data.front_end,
+        duration=data.duration,
+        durations=data.durations,
+        num_frames=data.num_frames,
+        fade_in=data.fade_in,
+        fade_out=data.fade_out,
+    )
+
+
+def _settle_stream(arguments: Arguments) -> None:
+    """Refuse what needs every training cycle at hand before the first step, where they are read as they come."""
+    data, _, method, _ = arguments
+    if data.train_parquet is None:
+        return
+    needs_all = {
+        "--sampling_power": (method.sampling_power, 0.0, "draws from all of them"),
+        "--quality_control": (data.quality_control, "measured", "replaces the quality of all of them"),
+        "--degraded_copies": (data.degraded_copies, 0.0, "chooses from all of them"),
+        "--durations": (data.durations, None, "sorts all of them by length"),
+        "--validation_fraction": (data.validation_fraction or None, None, "chooses from all patients"),
+        "--fold": (data.fold if method.folds is None else method.folds, None, "chooses from all patients"),
+    }
+    for option, (value, default, what) in needs_all.items():
+        if value != default:
+            told = " ".join(map(str, value)) if isinstance(value, list) else value
+            remedy = "leave it out" if default is None else f"set it to {default}"
+            raise ValueError(f"--train_parquet reads cycles as they come, and {option} {told} {what}: {remedy}")
+    if "preparation" in (data.as_published or ()):
+        raise ValueError("--as_published preparation cuts recordings, and --train_parquet holds cycles: leave one out")
 
 
 def _check_parts(option: str, parts: Iterable[str]) -> None:
@@ -459,6 +534,17 @@ def _settle_sharpness(arguments: Arguments, typed: set[str]) -> None:
         raise ValueError(f"--{unused[0]} changes nothing without --sharpness")
     if method.ema_decay is not None and not 0 <= method.ema_decay < 1:
         raise ValueError(f"--ema_decay is {method.ema_decay}; it must be in [0, 1)")
+
+
+def _settle_hub(arguments: Arguments, typed: set[str]) -> None:
+    """Check what is said of the upload, which comes when a run has ended, in one commit."""
+    training = arguments[3]
+    if late := sorted(typed & {"hub_strategy", "hub_always_push"}):
+        raise ValueError(f"--{late[0]} changes nothing: a run is uploaded once, when it has ended")
+    if training.push_to_hub and not training.hub_model_id:
+        raise ValueError("--push_to_hub needs the repository's name: give --hub_model_id USER/NAME")
+    if not training.push_to_hub and (unused := sorted(typed & {"hub_model_id", "hub_revision"})):
+        raise ValueError(f"--{unused[0]} changes nothing without --push_to_hub")
 
 
 def _settle_loss(arguments: Arguments, typed: set[str]) -> None:
@@ -503,11 +589,13 @@ def _settle_selection(arguments: Arguments) -> None:
     for name, numbers in (("seeds", method.seeds), ("folds", method.folds)):
         if numbers is not None and len(set(numbers)) < len(numbers):
             raise ValueError(f"--{name} {' '.join(map(str, numbers))} names a {name[:-1]} twice")
-    if (arguments[1].encoder or "").startswith("local:"):
-        raise ValueError(f"this run started from weights in a folder, {arguments[1].encoder}: give it as --encoder")
+    for option, folder in (("encoder", arguments[1].encoder), ("train_parquet", data.train_parquet)):
+        if (folder or "").startswith("local:"):
+            raise ValueError(f"this run took its --{option} from a folder, {folder}: give it as --{option}")
     if data.validation_fraction is None:
-        data.validation_fraction = 0.2 if method.select_on == "validation" else 0.0
-    if method.select_on == "validation" and data.validation_fraction == 0:
+        own = data.train_parquet is None  # a streamed training set brings its validation split along
+        data.validation_fraction = 0.2 if method.select_on == "validation" and own else 0.0
+    if method.select_on == "validation" and data.validation_fraction == 0 and data.train_parquet is None:
         raise ValueError("--select_on validation needs validation patients: set --validation_fraction above 0")
     if not 0 <= data.validation_fraction < 1:
         raise ValueError(f"--validation_fraction is {data.validation_fraction}; it must be in [0, 1)")

@@ -3,15 +3,25 @@
 All draws are made on the CPU, from torch's global generator or from one that is given, so a seed means the same change
 on every device. Draw inside the training step, or give a generator: a data loader fetches batches ahead of their step,
 and after resuming would draw other changes there, and shift the global generator for dropout too.
+
+What is drawn goes to the device by [`send`]: nothing here waits for a GPU.
 """
 
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
-import numpy as np
 import torch
 
-Waveform = TypeVar("Waveform", np.ndarray, torch.Tensor)
+
+def send(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy values from the CPU to a device, on a GPU without waiting for it.
+
+    From pageable memory a copy waits for all the work that the GPU was given before, so that a step could not be
+    prepared during the last one.
+    """
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,8 @@ class SpecAugment:
         freq_width: Upper bound of their width in mel bins, never reached; limited to the number of bins.
         time_masks: Number of time masks per item.
         time_width: Upper bound of their width in frames, never reached; limited to the number of frames.
+        full_frames: Number of frames that `time_width` is meant for: in features of fewer, time masks are narrower in
+            proportion, and hide as large a share of a clip. None: as wide in any.
         fill: Value under the masks. "mean" is the item's own mean over all frames and bins before masking; "mean per
             axis" takes it again after the frequency masks, for the time masks.
         probability: How often an item is masked at all.
@@ -37,6 +49,7 @@ class SpecAugment:
     freq_width: int = 48
     time_masks: int = 2
     time_width: int = 160
+    full_frames: int | None = None
     fill: Literal["mean", "mean per axis"] | float = "mean"
     probability: float = 1.0
 
@@ -66,21 +79,20 @@ class SpecAugment:
             raise ValueError(f"features must be (batch, frames, mel), got shape {tuple(features.shape)}.")
         batch, frames, mel = features.shape
         bins = _draw_masks(batch, mel, self.freq_masks, self.freq_width, generator)
-        times = _draw_masks(batch, frames, self.time_masks, self.time_width, generator)
+        time_width = self.time_width * frames // (self.full_frames or frames)
+        times = _draw_masks(batch, frames, self.time_masks, time_width, generator)
         if self.probability < 1:  # otherwise nothing is drawn, so that a seed means the same masks as ever
             applied = torch.rand(batch, 1, generator=generator) < self.probability
             bins, times = bins & applied, times & applied
-        bins, times = bins[:, None, :].to(features.device), times[:, :, None].to(features.device)
+        bins, times = send(bins, features.device)[:, None, :], send(times, features.device)[:, :, None]
         if self.fill != "mean per axis":
             return torch.where(times | bins, self._fill(features), features)
         features = torch.where(bins, self._fill(features), features)
         return torch.where(times, self._fill(features), features)
 
-    def _fill(self, features: torch.Tensor) -> torch.Tensor:
+    def _fill(self, features: torch.Tensor) -> torch.Tensor | float:
         """Value under the masks, one for all items or one for each."""
-        if isinstance(self.fill, str):
-            return features.mean(dim=(1, 2), keepdim=True)
-        return features.new_tensor(self.fill)
+        return features.mean(dim=(1, 2), keepdim=True) if isinstance(self.fill, str) else self.fill
 
 
 def _draw_masks(batch: int, size: int, masks: int, width: int, generator: torch.Generator | None) -> torch.Tensor:
@@ -110,30 +122,32 @@ class WaveformAugment:
     noise_std: float = 1e-4
     noise_probability: float = 0.5
 
-    def __call__(self, waveform: Waveform, generator: torch.Generator | None = None) -> Waveform:
-        """Augments one waveform.
+    def __call__(self, clips: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Augments a batch of clips, each on its own.
 
         Args:
-            waveform: (samples,), floating point. Not changed.
+            clips: (batch, samples), floating point. Not changed.
             generator: A CPU generator; torch's global one by default.
 
         Returns:
-            (samples,), of the kind and dtype given.
+            (batch, samples), a new tensor.
 
         Raises:
-            ValueError: If `waveform` is not one-dimensional or holds integers.
+            ValueError: If `clips` is not two-dimensional or holds integers.
         """
-        signal = torch.tensor(waveform) if isinstance(waveform, np.ndarray) else waveform.clone()
-        if signal.ndim != 1 or not signal.is_floating_point():
+        if clips.ndim != 2 or not clips.is_floating_point():
             raise ValueError(
-                f"waveform must be one-dimensional and floating point, got {signal.dtype} of shape "
-                f"{tuple(signal.shape)}. Take one channel, and divide integers by full scale."
+                f"clips must be (batch, samples) and floating point, got {clips.dtype} of shape {tuple(clips.shape)}. "
+                "Take one channel, and divide integers by full scale."
             )
-        apply_gain, apply_noise, position = torch.rand(3, generator=generator).tolist()
-        if apply_gain < self.gain_probability:
-            low, high = self.gain
-            signal *= low + (high - low) * position
-        if apply_noise < self.noise_probability:
-            noise = torch.randn(len(signal), generator=generator, dtype=signal.dtype)
-            signal += self.noise_std * noise.to(signal.device)
-        return signal.numpy() if isinstance(waveform, np.ndarray) else signal
+        batch, samples = clips.shape
+        factors = torch.ones(batch, 1, dtype=clips.dtype)
+        noise = torch.zeros(batch, samples, dtype=clips.dtype, pin_memory=clips.is_cuda)
+        low, high = self.gain
+        for factor, added in zip(factors, noise, strict=True):
+            apply_gain, apply_noise, position = torch.rand(3, generator=generator).tolist()
+            if apply_gain < self.gain_probability:
+                factor.fill_(low + (high - low) * position)
+            if apply_noise < self.noise_probability:
+                added.normal_(std=self.noise_std, generator=generator)
+        return (clips * send(factors, clips.device)).add_(send(noise, clips.device))

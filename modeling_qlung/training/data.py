@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
-from datasets import Audio, Dataset, Features, List, Value
+from datasets import Audio, Dataset, Features, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
 from .. import quality_qlung
+from ..evaluation import noises
 from ..evaluation.tasks import FOUR_CLASS, Task
 from ..feature_extraction_qlung import QLungFeatureExtractor
 from ..inference import audio as recordings
@@ -42,13 +44,13 @@ def decode_cycles(dataset: Dataset, sampling_rate: int, task: Task = FOUR_CLASS)
     Raises:
         ValueError: if the dataset lacks the task's column.
     """
-    classes = label_classes(dataset, task)
+    classes = label_classes(dataset.features, task)
     # `datasets` knows a function by its name: after a change of the code it would serve what the old code gave.
-    code = [inspect.getsource(part) for part in (recordings, quality_qlung, _decode_row)]
+    code = [inspect.getsource(part) for part in (recordings, quality_qlung, decode_row)]
     dropped = [name for name in dataset.column_names if name not in KEPT_COLUMNS]
     kept = {name: dataset.features[name] for name in KEPT_COLUMNS if name in dataset.features}
     decoded = dataset.cast_column("audio", Audio(decode=False)).map(
-        _decode_row,
+        decode_row,
         fn_kwargs={"sampling_rate": sampling_rate, "column": task.column, "classes": classes},
         remove_columns=dropped,
         features=Features({**kept, **DECODED_FEATURES}),
@@ -58,23 +60,24 @@ def decode_cycles(dataset: Dataset, sampling_rate: int, task: Task = FOUR_CLASS)
     return decoded.with_format("numpy", columns=["waveform"], output_all_columns=True)
 
 
-def label_classes(dataset: Dataset, task: Task) -> list[int | None]:
+def label_classes(features: Features, task: Task) -> list[int | None]:
     """Give the task's class of each of the dataset's own, None where it has none.
 
     Raises:
         ValueError: if the dataset lacks the task's column.
     """
-    if task.column not in dataset.features:
+    if task.column not in features:
         raise ValueError(
             f"the task {task.name} needs the column {task.column!r}, which this dataset does not have: choose another "
             "--task, or --dataset sprsound"
         )
-    return [task.index(name) for name in dataset.features[task.column].names]
+    return [task.index(name) for name in features[task.column].names]
 
 
-def _decode_row(
+def decode_row(
     row: Mapping[str, Any], sampling_rate: int, column: str, classes: Sequence[int | None]
 ) -> dict[str, Any]:
+    """Decode one row's `audio` bytes: gives its `waveform`, `entropy` and `rms`, and the `label` of its `column`."""
     waveform = recordings.read_audio(row["audio"]["bytes"], sampling_rate)
     entropy, rms = entropy_and_rms(waveform, sampling_rate)
     label = None if row[column] is None else classes[row[column]]
@@ -105,6 +108,42 @@ def fit_normalization(feature_extractor: QLungFeatureExtractor, train: Dataset) 
     feature_extractor.mean, feature_extractor.std = mean, 0.5 * (squares / count - mean**2) ** 0.5
 
 
+def add_degraded_copies(cycles: Dataset, share: float, sampling_rate: int, seed: int) -> Dataset:
+    """Add copies of cycles, each spoiled in one way of `evaluation.noises` at one of its levels, drawn at random.
+
+    Args:
+        cycles: of `decode_cycles`.
+        share: of the cycles of which there is to be a copy.
+        sampling_rate: of the cycles, 16 kHz.
+        seed: of the choice of cycles, ways and levels.
+
+    Returns:
+        The cycles and the copies, whose entropy and RMS are measured anew, under the recording's name with the way's.
+    """
+    chosen = np.random.default_rng(seed).permutation(len(cycles))[: round(share * len(cycles))]
+    code = [inspect.getsource(part) for part in (noises, quality_qlung, _degrade_row)]
+    copies = cycles.select(np.sort(chosen)).map(
+        _degrade_row,
+        with_indices=True,
+        fn_kwargs={"sampling_rate": sampling_rate, "seed": seed},
+        features=cycles.features,
+        desc="Spoil copies",
+        new_fingerprint=Hasher.hash([cycles._fingerprint, share, seed, sampling_rate, *code]),
+    )
+    together = concatenate_datasets([cycles.with_format(None), copies.with_format(None)])
+    return together.with_format("numpy", columns=["waveform"], output_all_columns=True)
+
+
+def _degrade_row(row: Mapping[str, Any], index: int, sampling_rate: int, seed: int) -> dict[str, Any]:
+    rng = np.random.default_rng((seed, index))
+    kind = str(rng.choice(list(noises.DEGRADATIONS)))
+    levels = noises.degrade(np.asarray(row["waveform"]), kind, int(rng.integers(2**32)))
+    waveform = levels[rng.integers(len(levels))]
+    entropy, rms = entropy_and_rms(waveform, sampling_rate)
+    name = f"{row['recording_id']}+{kind}"
+    return {"waveform": waveform, "entropy": entropy, "rms": rms, "recording_id": name}
+
+
 def score_quality(feature_extractor: QLungFeatureExtractor, cycles: Dataset) -> np.ndarray:
     """Score every row's quality (n,) in [0, 1] from its measured entropy and RMS."""
     normalization, statistics = feature_extractor.quality_normalization, feature_extractor.quality_statistics
@@ -115,6 +154,13 @@ def score_quality(feature_extractor: QLungFeatureExtractor, cycles: Dataset) -> 
 def row_id(row: Mapping[str, Any]) -> str:
     """Name a row: `RECORDING:CYCLE`, or `RECORDING` where rows are recordings."""
     return ":".join(str(row[name]) for name in ("recording_id", "cycle_index") if name in row)
+
+
+def assign_buckets(feature_extractor: QLungFeatureExtractor, cycles: Dataset) -> list[int]:
+    """Give the bucket of every row (n,): the index of its clip's length among the extractor's `clip_lengths`."""
+    waveforms = cycles.select_columns("waveform").with_format("arrow")
+    samples = [pc.list_value_length(batch["waveform"]).to_numpy() for batch in waveforms.iter(1000)]
+    return feature_extractor.bucket(np.concatenate(samples)).tolist()
 
 
 def count_classes(cycles: Dataset, task: Task) -> dict[str, int]:
@@ -146,6 +192,9 @@ class CycleCollator:
     """
     Makes a batch of `clips` (batch, samples), `labels` (batch,) and `quality` (batch,) in [0, 1].
 
+    With several `durations`, each row has the clip that it has by itself, whatever it is batched with; clips end in
+    zeros after their `num_samples` (batch,). With `one_length`, for training, all are as long as the batch's longest.
+
     The filterbank and all augmentation come later, within the training step: a loader runs ahead of it, and random
     numbers drawn in the loader would differ after a resume.
 
@@ -154,6 +203,7 @@ class CycleCollator:
         devices: names of the training set's stethoscopes; if given, batches hold the index of each row's, `device`
             (batch,), -1 for another one, which only an evaluation meets.
         quality: what is shown in the place of a row's own quality, by `row_id`.
+        one_length: whether the rows of a batch get clips of one length.
     """
 
     def __init__(
@@ -161,19 +211,28 @@ class CycleCollator:
         feature_extractor: QLungFeatureExtractor,
         devices: Sequence[str] | None = None,
         quality: Mapping[str, float] | None = None,
+        one_length: bool = False,
     ):
         self.feature_extractor = feature_extractor
         self.devices = devices
         self.shown_quality = quality or {}
+        self.one_length = one_length
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Stack the clips of a batch of rows."""
-        clips = [self.feature_extractor.fit_length(torch.from_numpy(row["waveform"].copy())) for row in rows]
+        extractor, waveforms = self.feature_extractor, [torch.from_numpy(row["waveform"].copy()) for row in rows]
+        longest = None
+        if self.one_length:
+            longest = extractor.clip_lengths[max(extractor.bucket(waveform.numel()) for waveform in waveforms)]
+        clips = [extractor.fit_length(waveform, longest) for waveform in waveforms]
+        mixed = extractor.durations is not None and not self.one_length
         batch = {
-            "clips": torch.stack(clips),
+            "clips": torch.nn.utils.rnn.pad_sequence(clips, batch_first=True) if mixed else torch.stack(clips),
             "labels": torch.tensor([UNLABELLED if row["label"] is None else row["label"] for row in rows]),
             "quality": torch.tensor([self.quality(row) for row in rows]),
         }
+        if mixed:
+            batch["num_samples"] = torch.tensor([clip.numel() for clip in clips])
         if self.devices is not None:
             index = {name: number for number, name in enumerate(self.devices)}
             batch["device"] = torch.tensor([index.get(row["device"], -1) for row in rows])

@@ -20,6 +20,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from ..modeling_qlung import QLungClassifierOutput, QLungForAudioClassification
+from .augmentation import send
 from .losses import ClassificationLoss
 from .sharpness import freeze_statistics
 
@@ -99,12 +100,12 @@ class PatchMix(Objective):
     def forward(self, model, inputs, loss):
         """See [`Objective.forward`]; the outputs are those of the mixed items."""
         features, labels, quality = (inputs[name] for name in ("input_values", "labels", "quality"))
-        mixture = PatchMixture.draw(len(features), _number_of_patches(model), self.mix_beta)
+        mixture = PatchMixture.draw(len(features), _number_of_patches(model, features), self.mix_beta)
         with mixed_patches(model, mixture):
             outputs = model(input_values=features)
         own = classification_loss(loss, model, outputs, labels, quality)
         with freeze_statistics(loss):  # the same embeddings a second time
-            partners = mixture.partners
+            partners = send(mixture.partners, labels.device)
             other = classification_loss(loss, model, outputs, labels[partners], quality[partners])
         return mixture.share * own + (1 - mixture.share) * other, outputs
 
@@ -214,9 +215,11 @@ class PatchMixContrast(ContrastiveObjective):
         value = classification_loss(loss, model, outputs, labels, inputs["quality"])
         if len(features) == 1:
             return value + self._no_contrast(), outputs
-        mixture = PatchMixture.draw(len(features), _number_of_patches(model), self.mix_beta)
+        mixture = PatchMixture.draw(len(features), _number_of_patches(model, features), self.mix_beta)
+        # Not through torch.compile, which would take the graph of the unmixed batch: it does not look for new hooks.
+        plain = extract_model_from_parallel(model, keep_torch_compile=False)
         with mixed_patches(model, mixture):
-            mixed = _unwrapped(model)(input_values=features).pooler_output
+            mixed = plain(input_values=features).pooler_output
         target = outputs.pooler_output if self.target_gradient else outputs.pooler_output.detach()
         if self.target_projector:
             with contextlib.nullcontext() if self.target_gradient else torch.no_grad():
@@ -303,8 +306,8 @@ class PatchMixture:
     One draw of Patch-Mix: the same patches of every item are replaced by its partner's.
 
     Args:
-        partners: index of each item's partner, a permutation, (batch,), on the CPU.
-        replaced: whether a patch is the partner's, (patches,), bool, on the CPU.
+        partners: index of each item's partner, a permutation, (batch,), drawn on the CPU.
+        replaced: whether a patch is the partner's, (patches,), bool, drawn on the CPU.
     """
 
     partners: torch.Tensor
@@ -325,24 +328,28 @@ class PatchMixture:
         return cls(partners, replaced)
 
     def mix(self, patches: torch.Tensor) -> torch.Tensor:
-        """Mix patch embeddings (batch, patches, hidden)."""
-        return torch.where(self.replaced.to(patches.device)[:, None], patches[self.partners], patches)
+        """Mix patch embeddings (batch, patches, hidden), on the mixture's device."""
+        return torch.where(self.replaced[:, None], patches[self.partners], patches)
 
 
 @contextlib.contextmanager
 def mixed_patches(model: nn.Module, mixture: PatchMixture) -> Iterator[None]:
     """Let the model's encoder mix its patch embeddings, before it adds the special tokens and the positions."""
     embedding = _unwrapped(model).qlung.encoder.embeddings.patch_embeddings
-    hook = embedding.register_forward_hook(lambda module, inputs, patches: mixture.mix(patches))
+    device = embedding.projection.weight.device
+    sent = PatchMixture(send(mixture.partners, device), send(mixture.replaced, device))
+    hook = embedding.register_forward_hook(lambda module, inputs, patches: sent.mix(patches))
     try:
         yield
     finally:
         hook.remove()
 
 
-def _number_of_patches(model: nn.Module) -> int:
-    """Number of patches of the encoder; its positions count the two special tokens as well."""
-    return _unwrapped(model).qlung.encoder.embeddings.position_embeddings.shape[1] - 2
+def _number_of_patches(model: nn.Module, features: torch.Tensor) -> int:
+    """Number of patches that the encoder makes of features (batch, frames, mel bands)."""
+    config = _unwrapped(model).config.audio_config
+    frames, bands = (size - config.patch_size for size in features.shape[1:])
+    return (bands // config.frequency_stride + 1) * (frames // config.time_stride + 1)
 
 
 def _check_patches(model: QLungForAudioClassification) -> None:
@@ -399,8 +406,8 @@ def patch_mix_contrast(
     """
     with torch.autocast(mixed.device.type, enabled=False):
         similarity = _normalized(mixed) @ _normalized(unmixed).T / temperature
-        own = torch.arange(len(mixed))
-        partners = mixture.partners
+        own = torch.arange(len(mixed), device=mixed.device)
+        partners = send(mixture.partners, mixed.device)
         candidates = similarity
         if labels is not None:
             compared = labels[:, None] != labels

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import count, islice
 
 import numpy as np
 from sklearn.model_selection import GroupShuffleSplit
@@ -9,23 +10,23 @@ from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
 CANDIDATE_SPLITS = 1000
+BUFFER_ROWS = 1000  # of a streamed training set, shuffled together; a loader's worker holds their undecoded audio
 
 
-def class_weights(labels: Sequence[int], num_classes: int, power: float = 1.0) -> np.ndarray:
+def class_weights(class_counts: Sequence[int], power: float = 1.0) -> np.ndarray:
     """Class weights 1 / n_c^power, scaled so that their mean over the examples is 1.
 
     Args:
-        labels: Class indices of the training set, (n,).
-        num_classes: Number of classes.
+        class_counts: Training examples of each class, (num_classes,).
         power: 1 is "balanced", 0.5 the inverse square root, 0 gives every class 1.
 
     Returns:
         (num_classes,), float64.
 
     Raises:
-        ValueError: If a label is out of range or a class has no example.
+        ValueError: If a class has no example.
     """
-    counts = _count(labels, num_classes)
+    counts = np.asarray(class_counts)
     absent = np.flatnonzero(counts == 0)
     if len(absent):
         raise ValueError(f"Class {absent[0]} has no training example, so it has no weight. Drop it from the label map.")
@@ -51,6 +52,12 @@ class WeightedEpochSampler(Sampler[int]):
     random generator has done; `torch.utils.data.WeightedRandomSampler` is neither. `power=1` is its class-balanced
     sampling, `power=0, replacement=False` a plain shuffle.
 
+    With `buckets`, an epoch's indices, drawn as without them, are put into such an order that each step's batches come
+    from one bucket: a stock `BatchSampler` and Accelerate's sharding keep them together, and no process waits for
+    another's longer input. What is left of a bucket joins the next one, whose rows are longer; an epoch's last step
+    takes what is left of the last. An epoch begins with the longest bucket: memory runs out at once or never, and where
+    Accelerate fills several processes' last step with the epoch's first rows, these are as long.
+
     Args:
         labels: Class indices of the training set, (n,).
         num_classes: Number of classes.
@@ -58,10 +65,13 @@ class WeightedEpochSampler(Sampler[int]):
         seed: Seed, joined by the epoch.
         num_samples: Indices per epoch; n by default.
         replacement: Whether an example can come twice in one epoch.
+        buckets: Bucket of each example, (n,), the shortest 0.
+        batch_size: Examples per process and step; only buckets ask for it.
+        num_processes: Number of processes; likewise.
 
     Raises:
-        ValueError: If there is no label, a label is out of range, or more samples are asked for than can be drawn
-            without replacement.
+        ValueError: If there is no label, a label is out of range, more samples are asked for than can be drawn without
+            replacement, or there is not one bucket per label.
     """
 
     # No attribute may be called `generator`: Accelerate would synchronise, checkpoint and reseed it.
@@ -74,6 +84,9 @@ class WeightedEpochSampler(Sampler[int]):
         seed: int = 0,
         num_samples: int | None = None,
         replacement: bool = True,
+        buckets: Sequence[int] | None = None,
+        batch_size: int = 1,
+        num_processes: int = 1,
     ) -> None:
         if len(labels) == 0:
             raise ValueError("There is nothing to sample from: labels is empty.")
@@ -84,6 +97,11 @@ class WeightedEpochSampler(Sampler[int]):
             )
         weights = _count(labels, num_classes)[np.asarray(labels)].astype(float) ** -power
         self.probabilities = weights / weights.sum()
+        if buckets is not None and len(buckets) != len(labels):
+            raise ValueError(f"There are {len(buckets)} buckets for {len(labels)} labels: one of each per example.")
+        self.buckets = None if buckets is None else np.asarray(buckets)
+        self.batch_size = batch_size
+        self.num_processes = num_processes
         self.seed = seed
         self.replacement = replacement
         self.epoch = 0
@@ -95,10 +113,98 @@ class WeightedEpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = np.random.default_rng((self.seed, self.epoch))
         size = len(self.probabilities)
-        yield from generator.choice(size, self.num_samples, self.replacement, self.probabilities).tolist()
+        drawn = generator.choice(size, self.num_samples, self.replacement, self.probabilities)
+        yield from (drawn if self.buckets is None else self._by_bucket(drawn, generator)).tolist()
+
+    def _by_bucket(self, drawn: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """Order drawn indices (n,) so that every step's examples are of one bucket."""
+        assert self.buckets is not None
+        step = self.batch_size * self.num_processes
+        steps, rest = np.empty((0, step), dtype=drawn.dtype), drawn[:0]
+        for bucket in range(self.buckets.max() + 1):
+            own, few = drawn[self.buckets[drawn] == bucket], step - self.num_processes
+            # Neighbours go to different processes, of which each gets one of its own at least.
+            indices = np.concatenate([rest[:few], own[: self.num_processes], rest[few:], own[self.num_processes :]])
+            whole = len(indices) // step * step
+            dealt = indices[:whole].reshape(-1, self.batch_size, self.num_processes).swapaxes(1, 2)
+            steps, rest = np.concatenate([steps, dealt.reshape(-1, step)]), indices[whole:]
+        longest, others = steps[-1:], steps[:-1]
+        return np.concatenate([longest.ravel(), generator.permutation(others).ravel(), rest])
 
     def __len__(self) -> int:
         return self.num_samples
+
+
+class RowGroupSampler(Sampler[int]):
+    """
+    Orders an epoch's rows so that every worker of every process reads row groups of its own, each about once.
+
+    Row groups come in an order drawn from (seed, epoch). The sequence of their rows is cut into as many lanes as there
+    are workers in all, and batches are taken from lane to lane, as Accelerate and the loader hand them out. Within a
+    lane, rows are shuffled among those of consecutive row groups, at least `buffer_size` of them.
+    Each row comes once in an epoch. The order depends on the number of lanes, so a run must be resumed with as many
+    workers; it depends on nothing else, and what was seen before is skipped without being read.
+
+    Args:
+        row_group_counts: rows of each row group, (groups,).
+        batch_size: of one process.
+        lanes: number of processes times number of workers of each.
+        seed: joined by the epoch.
+        buffer_size: rows shuffled together.
+    """
+
+    def __init__(
+        self,
+        row_group_counts: Sequence[int] | np.ndarray,
+        batch_size: int,
+        lanes: int = 1,
+        seed: int = 0,
+        buffer_size: int = BUFFER_ROWS,
+    ):
+        self.row_group_counts = np.asarray(row_group_counts)
+        self.batch_size = batch_size
+        self.lanes = lanes
+        self.seed = seed
+        self.buffer_size = buffer_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose rows the next iteration gives."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return int(self.row_group_counts.sum())
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(len(self.row_group_counts))
+        ends = np.cumsum(self.row_group_counts[order])
+        # From a row's place in that sequence to its number.
+        shifts = np.cumsum(self.row_group_counts)[order] - ends
+        batches, left = divmod(len(self), self.batch_size)
+        sizes = [(batches + self.lanes - 1 - lane) // self.lanes * self.batch_size for lane in range(self.lanes)]
+        sizes[batches % self.lanes] += left  # the last batch, which is not full
+        stops = np.cumsum(sizes).tolist()
+        lanes = [
+            self._lane(number, stop - size, stop, ends, shifts)
+            for number, (size, stop) in enumerate(zip(sizes, stops, strict=True))
+        ]
+        while batch := [row for lane in lanes for row in islice(lane, self.batch_size)]:
+            yield from batch
+
+    def _lane(self, number: int, start: int, stop: int, ends: np.ndarray, shifts: np.ndarray) -> Iterator[int]:
+        """Give the rows from `start` to `stop` in the sequence of row groups, shuffled buffer by buffer."""
+        rng = np.random.default_rng((self.seed, self.epoch, number))
+        buffer: list[np.ndarray] = []
+        position = start
+        for place in count(int(np.searchsorted(ends, start, side="right"))):
+            if position == stop:
+                break
+            end = min(int(ends[place]), stop)
+            buffer.append(np.arange(position, end) + shifts[place])
+            position = end
+            if position == stop or sum(map(len, buffer)) >= self.buffer_size:
+                yield from rng.permutation(np.concatenate(buffer)).tolist()
+                buffer = []
 
 
 class SamplerEpochCallback(TrainerCallback):
@@ -108,7 +214,7 @@ class SamplerEpochCallback(TrainerCallback):
     Accelerate's own `set_epoch` reaches the sampler: it would repeat epoch 0.
     """
 
-    def __init__(self, sampler: WeightedEpochSampler) -> None:
+    def __init__(self, sampler: WeightedEpochSampler | RowGroupSampler) -> None:
         self.sampler = sampler
 
     def on_epoch_begin(self, args, state, control, **kwargs):

@@ -8,17 +8,23 @@ With g the gradient at the weights w and g' the gradient at w + ε:
 - `looksam` (Liu et al. 2022): every k-th step as `sam`, keeping v, the part of g' orthogonal to g; in between, in one
   pass, it gets g + α (‖g‖ / ‖v‖) v.
 
-With gradient accumulation and with several processes, every micro-batch of every rank climbs its own ε from its own
-gradient ("m-sharpness"); the gradients at the climbed weights are averaged as the Trainer averages any gradient; and
-the decompositions of `gsam` and `looksam` act once per optimiser step, on the averages of g and of g'.
+Every micro-batch climbs its own ε, and the gradients at the climbed weights are averaged as the Trainer averages any
+gradient. On several processes, g is
+
+- under DDP each process's own ("m-sharpness"): the climb exchanges nothing;
+- under FSDP2 the average over all processes, for none holds the whole of its own; norms are over all shards.
+
+The decompositions of `gsam` and `looksam` act once per optimiser step, on the averages of g and of g' over
+micro-batches and processes.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from .trainer import QLungTrainer
@@ -29,6 +35,9 @@ METHODS = ("sam", "asam", "gsam", "looksam")
 class SharpnessAwareStep:
     """
     Takes a training step's forward and backward passes at weights climbed by ε, then puts the weights back bit-exactly.
+
+    Beside what a plain step holds it needs one copy of the trainable parameters (of their shards under FSDP2), the
+    weights to go back to; `gsam` and `looksam` hold one more, and so does gradient accumulation.
 
     Args:
         method: `sam`, `asam`, `gsam` or `looksam`.
@@ -51,92 +60,107 @@ class SharpnessAwareStep:
         self.rho = rho
         self.alpha = alpha
         self.interval = interval
-        self._clean_gradient: list[torch.Tensor] | None = None  # of the running optimiser step, for gsam and looksam
-        self._direction: list[torch.Tensor] | None = None  # v of looksam
+        self._clean_gradient: torch.Tensor | None = None  # of the running optimiser step, for gsam and looksam; flat
+        self._direction: torch.Tensor | None = None  # v of looksam; flat
+        self._sharded = False
 
     def __call__(self, trainer: "QLungTrainer", model: nn.Module, inputs: dict[str, Any], num_items) -> torch.Tensor:
         """Run one micro-batch, leaving its gradient in `.grad`; gives the loss at the unclimbed weights (detached)."""
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # The optimiser's, for between a forward pass and its backward FSDP2 has others in the model.
+        parameters = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+        self._sharded = trainer.accelerator.is_fsdp2
+        if self._sharded:  # in every pass, within Accelerate's `no_sync` too: only what is reduced lies in `.grad`
+            model.set_requires_gradient_sync(True)  # type: ignore[operator]
+        last = trainer.accelerator.sync_gradients
         if self.method == "looksam" and self._direction is not None and trainer.state.global_step % self.interval:
-            loss = trainer.descend(model, inputs, num_items)
-            if trainer.accelerator.sync_gradients:
+            loss = trainer.forward_backward(model, inputs, num_items)
+            if last:
                 self._reuse_direction(parameters)
             return loss
-        loss, gradient, random_state = self._ascent_gradient(trainer, model, inputs, parameters)
+        loss, gradient = self._ascend(trainer, model, inputs, num_items, parameters)
         if self.method in ("gsam", "looksam"):
             self._accumulate(gradient)
         with self._climbed(parameters, gradient), freeze_statistics(model, trainer.loss):
-            _set_random_state(random_state)  # both passes drop the same units
-            trainer.descend(model, inputs, num_items)
-        if self.method in ("gsam", "looksam") and trainer.accelerator.sync_gradients:
+            trainer.forward_backward(model, inputs, num_items)
+        if self.method in ("gsam", "looksam") and last:
             self._decompose(trainer, parameters)
         return loss
 
-    def _ascent_gradient(self, trainer: "QLungTrainer", model: nn.Module, inputs: dict[str, Any], parameters: list):
-        """Give this micro-batch's loss and gradient at w, leaving accumulated `.grad` and DDP's hooks alone."""
-        random_state = _get_random_state()
-        with trainer.accelerator.no_sync(model), trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, inputs) / trainer.current_gradient_accumulation_steps
-        scaler = trainer.accelerator.scaler  # float16 only; ε does not depend on the scale, g must have that of g'
-        scaled = loss if scaler is None else scaler.scale(loss)
-        gradient = torch.autograd.grad(scaled, parameters, allow_unused=True, materialize_grads=True)
-        return loss.detach(), list(gradient), random_state
+    def _ascend(
+        self, trainer: "QLungTrainer", model: nn.Module, inputs: dict[str, Any], num_items, parameters: list
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Give this micro-batch's loss and gradient at w, leaving what `.grad` has accumulated as it is.
+
+        A whole backward pass, for FSDP2 reduces nothing in `torch.autograd.grad`. The second pass starts from the same
+        random numbers, so that both drop the same units.
+        """
+        accumulated = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        alone = contextlib.nullcontext() if self._sharded else trainer.accelerator.no_sync(model)
+        with torch.random.fork_rng(devices), alone:
+            loss = trainer.forward_backward(model, inputs, num_items)
+        gradient = _gradients(parameters)
+        for parameter, before in zip(parameters, accumulated, strict=True):
+            parameter.grad = before
+        return loss, gradient
 
     @contextlib.contextmanager
     def _climbed(self, parameters: list[nn.Parameter], gradient: list[torch.Tensor]) -> Iterator[None]:
-        backup = [parameter.detach().clone() for parameter in parameters]
+        weights = _local(parameters)
+        backup = torch._foreach_mul(weights, 1.0)  # copies to the bit, all in one call
         try:
             with torch.no_grad():
                 if self.method == "asam":
-                    magnitude = torch._foreach_abs(backup)
-                    torch._foreach_mul_(gradient, magnitude)
-                    scale = self.rho / _norm(gradient)
-                    torch._foreach_mul_(gradient, magnitude)
-                else:
-                    scale = self.rho / _norm(gradient)
+                    torch._foreach_mul_(gradient, weights)  # |w| g up to signs, which a norm does not see
+                scale = self.rho / _norm(gradient, parameters)
+                if self.method == "asam":
+                    torch._foreach_mul_(gradient, weights)
                 torch._foreach_mul_(gradient, scale)
-                torch._foreach_add_([parameter.data for parameter in parameters], gradient)
+                torch._foreach_add_(weights, gradient)
                 gradient.clear()  # the descent pass needs the memory
             yield
         finally:  # by copy: adding ε and taking it away again would leave rounding behind
             with torch.no_grad():
-                torch._foreach_copy_([parameter.data for parameter in parameters], backup)
+                torch._foreach_copy_(weights, backup)
 
     def _accumulate(self, gradient: list[torch.Tensor]) -> None:
         if self._clean_gradient is None:
-            self._clean_gradient = [part.clone() for part in gradient]
+            self._direction = None  # it has served, and makes room
+            self._clean_gradient = _flat(gradient)
         else:
-            torch._foreach_add_(self._clean_gradient, gradient)
+            torch._foreach_add_(_like(self._clean_gradient, gradient), gradient)
 
     @torch.no_grad()
     def _decompose(self, trainer: "QLungTrainer", parameters: list[nn.Parameter]) -> None:
-        """Once per optimiser step: act on g and g', both averaged over micro-batches and ranks."""
+        """Once per optimiser step: act on g and g', both averaged over micro-batches and processes."""
         assert self._clean_gradient is not None
-        clean = trainer.accelerator.reduce(self._clean_gradient, reduction="mean")
-        climbed = _gradients(parameters)
-        if self.method == "gsam":
-            # g⊥ = g − (g·g' / ‖g'‖²) g'
-            orthogonal = _orthogonal_part(clean, climbed)
-            torch._foreach_mul_(orthogonal, self.alpha)
-            torch._foreach_sub_(climbed, orthogonal)
-        else:
-            direction = _orthogonal_part(climbed, clean)
+        clean, self._clean_gradient = self._clean_gradient, None
+        if not self._sharded:
+            clean = trainer.accelerator.reduce(clean, reduction="mean")
+        gradient = _gradients(parameters)
+        dot = _over_shards(clean @ _flat(gradient), parameters)
+        if self.method == "gsam":  # g' − α (g − (g·g' / ‖g'‖²) g')
+            torch._foreach_mul_(gradient, 1 + self.alpha * dot / _norm(gradient, parameters).square())
+            torch._foreach_sub_(gradient, _like(clean.mul_(self.alpha), gradient))
+        else:  # v = g' − (g·g' / ‖g‖²) g
+            direction = clean.mul_(-dot / _norm([clean], parameters).square())
+            torch._foreach_add_(_like(direction, gradient), gradient)
             # In float16 a step may overflow, and is skipped; its direction must not last for k steps.
-            finite = torch.isfinite(_norm(direction))
-            before = self._direction or [torch.zeros_like(part) for part in direction]
-            self._direction = [torch.where(finite, *pair) for pair in zip(direction, before, strict=True)]
-        self._clean_gradient = None
+            finite = torch.isfinite(_norm([direction], parameters))
+            self._direction = direction.masked_fill_(~finite, 0)
 
     @torch.no_grad()
     def _reuse_direction(self, parameters: list[nn.Parameter]) -> None:
         assert self._direction is not None
         gradient = _gradients(parameters)
-        scale = self.alpha * _norm(gradient) / _norm(self._direction).clamp_min(1e-12)
-        torch._foreach_add_(gradient, torch._foreach_mul(self._direction, scale))
+        scale = self.alpha * _norm(gradient, parameters) / _norm([self._direction], parameters).clamp_min(1e-12)
+        torch._foreach_add_(gradient, _like(self._direction * scale, gradient))
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs: LookSAM's direction."""
-        return {"direction": self._direction}
+        """Give what a resumed run needs: LookSAM's direction. Under FSDP2 it is not kept: that run climbs at once."""
+        return {"direction": None if self._sharded else self._direction}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a `state_dict`."""
@@ -158,32 +182,43 @@ def freeze_statistics(*modules: nn.Module) -> Iterator[None]:
             child.track_running_stats = True  # type: ignore[assignment]
 
 
+@torch.no_grad()
+def _local(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The process's own part of each: its shard under FSDP2, elsewhere all of it. The memory is shared."""
+    detached = (tensor.detach() for tensor in tensors)
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in detached]
+
+
 def _gradients(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return _local(parameter.grad for parameter in parameters if parameter.grad is not None)
 
 
-def _norm(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Norm over all tensors together, on their device: no synchronisation with the host."""
+def _flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """All of them in one new vector."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _like(vector: torch.Tensor, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Views of a vector in the tensors' shapes."""
+    parts = vector.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _over_shards(total: torch.Tensor, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of a process's totals over those that hold the other shards of the parameters; its own where none do."""
+    first = parameters[0]
+    if isinstance(first, DTensor):
+        for dimension, placement in enumerate(first.placements):
+            if placement.is_shard():
+                torch.distributed.all_reduce(total, group=first.device_mesh.get_group(dimension))
+    return total
+
+
+def _norm(tensors: list[torch.Tensor], parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Norm over all tensors and all shards together, on their device: no synchronisation with the host."""
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+    norm = _over_shards(norm.square(), parameters).sqrt()
     return norm.clamp_min(torch.finfo(norm.dtype).tiny)
-
-
-def _orthogonal_part(tensors: list[torch.Tensor], axis: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Part of `tensors` orthogonal to `axis`, all tensors of each taken as one vector."""
-    products = torch._foreach_mul(tensors, axis)
-    dot = torch.stack([product.sum() for product in products]).sum()
-    return list(torch._foreach_sub(tensors, torch._foreach_mul(axis, dot / _norm(axis).square())))
-
-
-def _get_random_state() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    devices = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
-    return torch.get_rng_state(), devices
-
-
-def _set_random_state(state: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
-    torch.set_rng_state(state[0])
-    for device_state in state[1]:
-        torch.cuda.set_rng_state(device_state)

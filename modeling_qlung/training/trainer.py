@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -23,7 +24,7 @@ from .data import UNLABELLED, CycleCollator
 from .ema import WeightEMA
 from .losses import ClassificationLoss, MarginSchedule
 from .objectives import Objective, Supervised
-from .sampling import SamplerEpochCallback, WeightedEpochSampler
+from .sampling import RowGroupSampler, SamplerEpochCallback, WeightedEpochSampler
 from .sharpness import SharpnessAwareStep
 
 logger = logging.get_logger(__name__)
@@ -74,11 +75,13 @@ class QLungTrainer(Trainer):
         ema_decay: averages weights; the average is evaluated, and is the model after `train`.
 
     Raises:
-        ValueError: for sharpness-aware steps, averaged weights or a contrastive objective under FSDP or DeepSpeed,
-            which shard the parameters; for an objective that does not fit the model.
+        ValueError: for averaged weights or a contrastive objective under FSDP or DeepSpeed, which shard the parameters;
+            for sharpness-aware steps under either but FSDP2; for an FSDP that would save no whole checkpoint; for an
+            objective that does not fit the model.
     """
 
     model: QLungForAudioClassification
+    data_collator: Callable[..., dict[str, Any]]
 
     def __init__(
         self,
@@ -91,7 +94,7 @@ class QLungTrainer(Trainer):
         devices: Sequence[str] | None = None,
         quality: Mapping[str, float] | None = None,
         objective: Objective | None = None,
-        sampler: WeightedEpochSampler | None = None,
+        sampler: WeightedEpochSampler | RowGroupSampler | None = None,
         sharpness: SharpnessAwareStep | None = None,
         spec_augment: SpecAugment | None = None,
         waveform_augment: WaveformAugment | None = None,
@@ -105,21 +108,14 @@ class QLungTrainer(Trainer):
             model,
             args,
             processing_class=feature_extractor,
-            data_collator=CycleCollator(feature_extractor, devices, quality),
+            data_collator=CycleCollator(feature_extractor, devices, quality, one_length=True),
             compute_metrics=compute_scores(task),
             **kwargs,
         )
-        # Asked for on the command line, or set up by `accelerate config`; without an accelerator only the former tells.
-        sharded = {"FSDP": args.fsdp or self.is_fsdp_enabled, "DeepSpeed": args.deepspeed or self.is_deepspeed_enabled}
-        needs_whole = sharpness is not None or ema_decay is not None or self.objective.projector is not None
-        if any(sharded.values()) and needs_whole:
-            raise ValueError(
-                "Sharpness-aware training, averaged weights and contrast need every parameter whole on each device, "
-                f"and {' and '.join(name for name, used in sharded.items() if used)} shards them: use DDP, or set "
-                "--sharpness none and --objective supervised and leave --ema_decay out."
-            )
+        self._check_engine(sharpness, ema_decay)
         self.loss = loss.to(self.args.device)
         self.feature_extractor = feature_extractor
+        self.eval_collator = CycleCollator(feature_extractor, devices, quality)
         self.sampler = sampler
         self.sharpness = sharpness
         self.spec_augment = spec_augment
@@ -130,6 +126,31 @@ class QLungTrainer(Trainer):
         if sampler is not None:
             self.add_callback(SamplerEpochCallback(sampler))
 
+    def _check_engine(self, sharpness: SharpnessAwareStep | None, ema_decay: float | None) -> None:
+        """Raise a ValueError for what does not work where the parameters are sharded."""
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        # Asked for on the command line, or set up by `accelerate config`; without an accelerator only the former tells.
+        fsdp = f"FSDP{plugin.fsdp_version}" if plugin else "FSDP" if self.args.fsdp else None
+        engine = "DeepSpeed" if self.args.deepspeed or self.is_deepspeed_enabled else fsdp
+        needs_whole = {
+            "--sharpness": sharpness is not None and engine != "FSDP2",
+            "--ema_decay": ema_decay is not None,
+            "a contrastive --objective": self.objective.projector is not None,
+            # In evaluation each process embeds as many lengths as its rows have, and would gather weights as often.
+            "several --durations": self.model.config.input_frames is not None,
+        }
+        refused = " and ".join(name for name, asked in needs_whole.items() if asked)
+        if engine and refused:
+            raise ValueError(
+                f"{engine} shards the parameters, and {refused} cannot be had with it: use DDP (or, for --sharpness "
+                "alone, FSDP2), or leave it out."
+            )
+        if plugin and plugin.state_dict_type.name != "FULL_STATE_DICT":
+            raise ValueError(
+                f"fsdp_state_dict_type is {plugin.state_dict_type.name}, with which nothing is saved that "
+                "`from_pretrained` opens: set it to FULL_STATE_DICT."
+            )
+
     # ---- One step ----
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
@@ -139,11 +160,11 @@ class QLungTrainer(Trainer):
         self.loss.margin_factor = self.margin_schedule(self.state.global_step / self.state.max_steps)
         inputs = self._prepare_inputs(inputs)
         if self.sharpness is None:
-            return self.descend(model, inputs, num_items_in_batch)
+            return self.forward_backward(model, inputs, num_items_in_batch)
         return self.sharpness(self, model, inputs, num_items_in_batch)
 
-    def descend(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
-        """Take the Trainer's own step at the weights as they are."""
+    def forward_backward(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch=None) -> torch.Tensor:
+        """Take the Trainer's own step at the weights as they are; adds to `.grad`, and gives the loss (detached)."""
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -151,10 +172,13 @@ class QLungTrainer(Trainer):
         inputs = super()._prepare_inputs(inputs)
         if "clips" not in inputs:
             return inputs
-        clips = inputs.pop("clips")
+        clips, num_samples = inputs.pop("clips"), inputs.pop("num_samples", None)
         training = self.model.training
         if training and self.waveform_augment is not None:
-            clips = torch.stack([self.waveform_augment(clip) for clip in clips])
+            clips = self.waveform_augment(clips)
+        if num_samples is not None:  # in evaluation: an item is prepared and embedded as if it were alone
+            features, num_frames = self.feature_extractor.extract_mixed_features(clips, num_samples)
+            return {"input_values": features, "num_frames": num_frames, **inputs}
         features = self.feature_extractor.extract_features(clips)
         views = {"input_values": features}
         if training and self.objective.two_views:
@@ -169,7 +193,7 @@ class QLungTrainer(Trainer):
             loss, outputs = self.objective(model, inputs, self.loss)
         else:
             labels = inputs["labels"]
-            outputs = model(input_values=inputs["input_values"])
+            outputs = model(input_values=inputs["input_values"], num_frames=inputs.get("num_frames"))
             total = nn.functional.cross_entropy(outputs.logits, labels, ignore_index=UNLABELLED, reduction="sum")
             loss = total / (labels != UNLABELLED).sum().clamp_min(1)
         return (loss, outputs) if return_outputs else loss
@@ -177,6 +201,15 @@ class QLungTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Give 0: Transformers' estimate counts text tokens."""
         return 0
+
+    def _get_dataloader(self, *args, is_training: bool = False, **kwargs) -> DataLoader:
+        """Make a loader: a training batch has clips of one length, and in evaluation each row its own."""
+        collator = self.data_collator
+        try:
+            self.data_collator = collator if is_training else self.eval_collator
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def _get_train_sampler(self, train_dataset=None):
         return self.sampler if self.sampler is not None else super()._get_train_sampler(train_dataset)
@@ -199,6 +232,15 @@ class QLungTrainer(Trainer):
             self.ema.apply(self.model)
         self.objective.detach(self.model)
         return output
+
+    def _save(self, *args, **kwargs) -> None:
+        """Save the model as what it is: FSDP2 changes its class, whose file goes with the checkpoint."""
+        sharded = type(self.model)
+        try:
+            self.model.__class__ = QLungForAudioClassification
+            super()._save(*args, **kwargs)
+        finally:
+            self.model.__class__ = sharded
 
     def _save_rng_state(self, output_dir: str) -> None:
         # Before trainer_state.json is written, whose presence tells that a checkpoint is whole.

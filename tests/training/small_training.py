@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from modeling_qlung import QLungConfig, QLungFeatureExtractor, QLungForAudioClassification
 from modeling_qlung.training.arguments import QLungTrainingArguments
-from modeling_qlung.training.data import CycleCollator
+from modeling_qlung.training.data import CycleCollator, assign_buckets
 from modeling_qlung.training.losses import CrossEntropyLoss
 from modeling_qlung.training.sampling import WeightedEpochSampler
 from modeling_qlung.training.trainer import QLungTrainer
@@ -69,13 +69,22 @@ def make_trainer(
         "label_names": ["labels"],
         "seed": 0,
     }
+    feature_extractor = feature_extractor or QLungFeatureExtractor(duration=0.5)
     arguments = QLungTrainingArguments(output_dir=str(folder), **{**settings, **options})
     return QLungTrainer(
         small_model() if model is None else model,
         arguments,
         loss=loss or CrossEntropyLoss(scale=10.0),
-        feature_extractor=feature_extractor or QLungFeatureExtractor(duration=0.5),
-        sampler=WeightedEpochSampler(train["label"][:], 4, sampling_power, replacement=sampling_power > 0),
+        feature_extractor=feature_extractor,
+        sampler=WeightedEpochSampler(
+            train["label"][:],
+            4,
+            sampling_power,
+            replacement=sampling_power > 0,
+            buckets=assign_buckets(feature_extractor, train) if feature_extractor.durations else None,
+            batch_size=arguments.train_batch_size,
+            num_processes=arguments.world_size,
+        ),
         train_dataset=train,
         **parts,
     )
@@ -86,7 +95,7 @@ def batches(trainer: QLungTrainer, epoch: int = 0) -> list[dict[str, torch.Tenso
     assert trainer.sampler is not None
     trainer.sampler.set_epoch(epoch)
     order, size = list(trainer.sampler), trainer.args.per_device_train_batch_size
-    collate = CycleCollator(trainer.feature_extractor, trainer.data_collator.devices)
+    collate = CycleCollator(trainer.feature_extractor, trainer.eval_collator.devices, one_length=True)
     made = []
     for start in range(0, len(order), size):
         batch = collate([trainer.train_dataset[index] for index in order[start : start + size]])

@@ -114,17 +114,17 @@ def test_every_recipe_goes_with_every_loss(name, loss):
     if loss in ("arcface", "cosface", "adaface", "ldam"):
         words += ["--head", "angular"]
     recipe, (_, model, method, _) = parse(words)
-    built = build_training_loss(method, model.scale, [0, 1, 2, 3], [1, 1, 1, 1])
+    built = build_training_loss(method, model.scale, [1, 1, 1, 1])
     assert type(built) is LOSSES[loss]
     assert recipe.options.get("loss", "qlung") == loss
 
 
 def test_a_setting_of_the_loss_reaches_it():
     _, (_, model, method, _) = parse(["qlung-ast", "--quality_share", "1", "--fixed_margin", "0.3"])
-    loss = build_training_loss(method, model.scale, [0, 1, 2, 3], [1, 2, 3, 4])
+    loss = build_training_loss(method, model.scale, [1, 2, 3, 4])
     assert (loss.quality_share, loss.fixed_margin, loss.margin_scale, loss.plain.scale) == (1.0, 0.3, 15.0, 37.0)
     _, (_, model, method, _) = parse(["ast-ce", "--class_weight_power", "1", "--label_smoothing", "0.2"])
-    loss = build_training_loss(method, model.scale, [0, 0, 0, 1, 2, 3], [3, 1, 1, 1])
+    loss = build_training_loss(method, model.scale, [3, 1, 1, 1])
     assert loss.class_weights.tolist() == pytest.approx([0.5, 1.5, 1.5, 1.5])
     assert loss.label_smoothing == 0.2
 
@@ -141,6 +141,10 @@ def test_a_setting_of_the_loss_reaches_it():
         (["--eval_strategy", "steps", "--eval_steps", "5"], "give --eval_strategy and --save_strategy the same value"),
         (["--save_only_model", "true"], "leaves out what a killed run needs"),
         (["--seeds", "1", "2", "1"], "names a seed twice"),
+        (["--durations", "4", "2"], "durations are [4.0, 2.0]; give two or more in ascending order"),
+        (["--durations", "2", "4", "--num_frames", "400"], "num_frames is 400, but durations give each clip its own"),
+        (["--durations", "2", "4", "--duration", "8"], "--duration 8.0 goes with no --durations but such that"),
+        (["--durations", "2", "4", "--front_end", "clap"], "CLAP stretches all input to one grid"),
     ],
 )
 def test_options_that_do_not_go_together_are_named(words, message, capsys):
@@ -158,3 +162,10 @@ def test_validation_patients_are_kept_apart_only_where_they_choose():
     _, (data, _, _, training) = parse(["qlung-ast", "--select_on", "last", "--validation_fraction", "0.1"])
     assert data.validation_fraction == 0.1
     assert training.eval_strategy == "epoch"
+
+
+def test_several_durations_end_with_the_duration():
+    recipe, (data, *_) = parse(["quickstart", "--durations", "1", "2", "4"])
+    assert (data.duration, data.durations) == (4.0, [1.0, 2.0, 4.0])
+    assert (recipe.options["duration"], recipe.options["durations"]) == (4.0, [1.0, 2.0, 4.0])
+    assert parse(["study-buckets"])[1][0].duration == 8.0

@@ -79,10 +79,10 @@ def test_no_masks_no_change():
 
 
 def test_seeds_decide():
-    features, waveform = make_features(), np.linspace(-0.5, 0.5, 1000, dtype=np.float32)
+    features, clips = make_features(), torch.linspace(-0.5, 0.5, 1000).repeat(2, 1)
     for augment, example in (
         (SpecAugment(), features),
-        (WaveformAugment(gain=(0.5, 2.0), gain_probability=1.0), waveform),
+        (WaveformAugment(gain=(0.5, 2.0), gain_probability=1.0), clips),
     ):
         results = []
         for seed in (5, 5, 6):
@@ -102,21 +102,19 @@ def test_wrong_input_is_refused():
     with pytest.raises(ValueError, match="time_width"):
         SpecAugment(time_width=-1)
     with pytest.raises(ValueError, match="int16"):
-        WaveformAugment()(np.ones(4, dtype=np.int16))
-    with pytest.raises(ValueError, match=r"\(2, 4\)"):
-        WaveformAugment()(torch.ones(2, 4))
+        WaveformAugment()(torch.ones(2, 4, dtype=torch.int16))
+    with pytest.raises(ValueError, match=r"\(4,\)"):
+        WaveformAugment()(torch.ones(4))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gain_and_noise_follow_their_probabilities(dtype):
-    generator = torch.Generator().manual_seed(7)
-    waveform = np.full(400, 0.5, dtype=dtype)
-    waveform.flags.writeable = False
-    augmented = [WaveformAugment()(waveform, generator) for _ in range(2000)]
-    gains = np.array([signal.mean() / 0.5 for signal in augmented])
-    spreads = np.array([signal.std() for signal in augmented])
+    clips = torch.full((2000, 400), 0.5, dtype=dtype)
+    augmented = WaveformAugment()(clips, torch.Generator().manual_seed(7))
+    assert augmented.dtype == dtype
+    assert torch.equal(clips, torch.full_like(clips, 0.5))
+    gains, spreads = augmented.mean(dim=1).numpy() / 0.5, augmented.std(dim=1).numpy()
     gained, noisy = np.abs(gains - 1) > 1e-4, spreads > 1e-6
-    assert augmented[0].dtype == dtype
     assert 0.45 < gained.mean() < 0.55
     assert 0.45 < noisy.mean() < 0.55
     assert 0.2 < (gained & noisy).mean() < 0.3
@@ -126,10 +124,22 @@ def test_gain_and_noise_follow_their_probabilities(dtype):
     assert spreads[noisy].mean() == pytest.approx(1e-4, rel=0.02)
 
 
-def test_gain_alone_is_exact_and_tensors_stay_tensors():
-    waveform = torch.linspace(-1, 1, 100)
-    augmented = WaveformAugment(gain=(2.0, 2.0), gain_probability=1.0, noise_probability=0.0)(waveform)
-    assert torch.equal(augmented, 2 * waveform)
-    untouched = WaveformAugment(gain_probability=0.0, noise_probability=0.0)(waveform)
-    assert torch.equal(untouched, waveform)
-    assert untouched.data_ptr() != waveform.data_ptr()
+def test_clips_are_changed_one_by_one_from_the_same_draws():
+    """A batch is what a loop over its clips gives: three numbers for each, and its noise if it gets any."""
+    augment, clips = WaveformAugment(gain=(0.5, 2.0), noise_std=0.1), torch.randn(12, 100)
+    generator = torch.Generator().manual_seed(3)
+    expected = []
+    for clip in clips:
+        gained, noisy, position = torch.rand(3, generator=generator)
+        changed = clip * (0.5 + 1.5 * position) if gained < 0.5 else clip
+        expected.append(changed + 0.1 * torch.randn(100, generator=generator) if noisy < 0.5 else changed)
+    torch.testing.assert_close(augment(clips, torch.Generator().manual_seed(3)), torch.stack(expected))
+
+
+def test_gain_alone_is_exact():
+    clips = torch.linspace(-1, 1, 100).repeat(3, 1)
+    augmented = WaveformAugment(gain=(2.0, 2.0), gain_probability=1.0, noise_probability=0.0)(clips)
+    assert torch.equal(augmented, 2 * clips)
+    untouched = WaveformAugment(gain_probability=0.0, noise_probability=0.0)(clips)
+    assert torch.equal(untouched, clips)
+    assert untouched.data_ptr() != clips.data_ptr()

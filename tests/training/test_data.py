@@ -10,9 +10,11 @@ from scipy.stats import norm
 import hf_datasets
 from modeling_qlung import QLungFeatureExtractor
 from modeling_qlung.evaluation.tasks import TASKS
+from modeling_qlung.quality_qlung import entropy_and_rms
 from modeling_qlung.training import data
 from modeling_qlung.training.data import (
     CycleCollator,
+    add_degraded_copies,
     control_quality,
     decode_cycles,
     fit_normalization,
@@ -74,6 +76,30 @@ def test_quality_of_a_batch_is_that_of_the_feature_extractor(simulated):
     h = norm.cdf((entropy[0] - mean) / deviation)
     r = norm.cdf((energy[0] - energy.mean()) / energy.std())
     assert batch["quality"][0].item() == pytest.approx(np.clip(1 - 0.7 * h + 0.3 * r, 0, 1), abs=1e-6)
+
+
+def test_degraded_copies_are_of_other_names_and_worse_and_the_rest_stays(simulated):
+    train = decode_cycles(simulated["train"], 16000)
+    more = add_degraded_copies(train, 0.5, 16000, seed=1)
+    assert len(more) == 30
+    assert [row_id(row) for row in more][:20] == [row_id(row) for row in train]
+    assert len({row_id(row) for row in more}) == 30
+    originals = {row_id(row): row for row in train}
+    kinds = set()
+    for number in range(20, 30):
+        copy = more[number]
+        name, kind = copy["recording_id"].split("+")
+        kinds.add(kind)
+        original = originals[f"{name}:{copy['cycle_index']}"]
+        assert (copy["label"], copy["patient_id"]) == (original["label"], original["patient_id"])
+        assert copy["waveform"].shape == original["waveform"].shape
+        assert np.abs(copy["waveform"] - original["waveform"]).max() > 0
+        assert (copy["entropy"], copy["rms"]) == pytest.approx(entropy_and_rms(copy["waveform"], 16000))
+    assert len(kinds) > 1
+    again = add_degraded_copies(train, 0.5, 16000, seed=1)
+    np.testing.assert_array_equal(again[25]["waveform"], more[25]["waveform"])
+    other = add_degraded_copies(train, 0.5, 16000, seed=2)
+    assert [row_id(row) for row in other] != [row_id(row) for row in more]
 
 
 def test_controls_of_quality_reach_the_training_cycles_alone(simulated):

@@ -499,9 +499,9 @@ def test_sharded_engines_are_refused(tmp_path, monkeypatch):
 
     def build_sharded(self):
         build(self)
-        self.is_fsdp_enabled = True
+        self.is_deepspeed_enabled = True
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", build_sharded)
-    with pytest.raises(ValueError, match="FSDP shards them: use DDP, or set --sharpness none and --objective super"):
+    with pytest.raises(ValueError, match="DeepSpeed shards the parameters, and a contrastive --objective cannot be had"):
         trainer_of(tmp_path, DeviceContrast())
     trainer_of(tmp_path, PatchMix())

@@ -8,7 +8,8 @@ from transformers import TrainerControl, TrainerState
 
 from modeling_qlung.training.sampling import SamplerEpochCallback, WeightedEpochSampler, class_weights, patient_split
 
-LABELS = [0] * 160 + [1] * 80 + [2] * 10
+COUNTS = [160, 80, 10]
+LABELS = np.repeat([0, 1, 2], COUNTS).tolist()
 
 
 def epoch_of(sampler, epoch):
@@ -18,11 +19,11 @@ def epoch_of(sampler, epoch):
 
 def test_class_weights():
     balanced = compute_class_weight("balanced", classes=np.arange(3), y=LABELS)
-    np.testing.assert_allclose(class_weights(LABELS, 3), balanced)
-    root = class_weights(LABELS, 3, power=0.5)
+    np.testing.assert_allclose(class_weights(COUNTS), balanced)
+    root = class_weights(COUNTS, power=0.5)
     np.testing.assert_allclose(root / root[0], [1, np.sqrt(2), 4])
     assert root[LABELS].mean() == pytest.approx(1)
-    np.testing.assert_array_equal(class_weights(LABELS, 3, power=0), 1)
+    np.testing.assert_array_equal(class_weights(COUNTS, power=0), 1)
 
 
 @pytest.mark.parametrize(("power", "shares"), [(1.0, [1, 1, 1]), (0.5, [4, 2 * np.sqrt(2), 1]), (0.0, [16, 8, 1])])
@@ -57,11 +58,11 @@ def test_wrong_labels_are_named():
     with pytest.raises(ValueError, match="Label 2 is not among the 2 classes"):
         WeightedEpochSampler(LABELS, 2)
     with pytest.raises(ValueError, match="Label -1"):
-        class_weights([0, 1, -1], 2)
+        WeightedEpochSampler([0, 1, -1], 2)
     with pytest.raises(ValueError, match="Drop the examples without a label"):
         WeightedEpochSampler([0, 1, None], 2)
     with pytest.raises(ValueError, match="Class 1 has no training example"):
-        class_weights([0, 2], 3)
+        class_weights([1, 0, 1])
     with pytest.raises(ValueError, match="without replacement from 3"):
         WeightedEpochSampler([0, 1, 1], 2, num_samples=4, replacement=False)
     with pytest.raises(ValueError, match="labels is empty"):

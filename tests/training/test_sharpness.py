@@ -1,11 +1,14 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.fsdp import StateDictType
 
 from modeling_qlung.training.losses import AdaFaceLoss, CrossEntropyLoss
 from modeling_qlung.training.sharpness import SharpnessAwareStep, freeze_statistics
 
+from ..benchmarks.sharpness import build, copies
 from .small_training import batches, flat, gradient_at, make_trainer, mean, small_model, train_by_hand
 
 RHO, ALPHA = 0.1, 0.7
@@ -98,13 +101,19 @@ def test_weights_come_back_after_an_error_in_the_second_pass(tmp_path, monkeypat
     trainer = started(make_trainer(tmp_path, sharpness=SharpnessAwareStep("sam", RHO)))
     before = copy.deepcopy(trainer.model.state_dict())
 
-    def out_of_memory(*_):
+    take_pass, passes = trainer.forward_backward, []
+
+    def out_of_memory(*args):
+        passes.append(args)
+        if len(passes) == 1:
+            return take_pass(*args)
         assert not torch.equal(trainer.model.head.weight, before["head.weight"]), "not climbed"
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(trainer, "descend", out_of_memory)
+    monkeypatch.setattr(trainer, "forward_backward", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         trainer.training_step(trainer.model, batches(trainer)[0])
+    assert len(passes) == 2
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
@@ -169,19 +178,54 @@ def test_wrong_options_are_named(options, message):
         SharpnessAwareStep(**options)
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
-def test_sharded_engines_are_refused(tmp_path, engine, monkeypatch):
+@pytest.mark.parametrize(("method", "most"), [("sam", 1), ("asam", 1), ("gsam", 2), ("looksam", 2)])
+def test_a_step_holds_one_copy_of_the_parameters_more(tmp_path, method, most):
+    """And one further for the decompositions, and for accumulated gradients."""
+    encoder = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 512}
+    steps, plain = (build(name, encoder, 0.5, 1, tmp_path) for name in (method, "plain"))
+    held = copies(steps, plain)
+    assert 0.9 < held < most + 0.1
+    assert held < copies(steps, plain, micro_batches=2) < most + 1.1
+
+
+@pytest.fixture
+def sharded(monkeypatch):
+    """Makes the next Trainer find itself under an engine that shards, as a launcher with GPUs would have it."""
+    from accelerate.state import AcceleratorState
     from transformers import Trainer
 
-    build = Trainer.create_accelerator_and_postprocess
+    build_accelerator = Trainer.create_accelerator_and_postprocess
 
-    def build_sharded(self):
-        build(self)
-        setattr(self, f"is_{engine}_enabled", True)
+    def under(engine: str, state_dict: str = "FULL_STATE_DICT") -> None:
+        def build_sharded(self):
+            build_accelerator(self)
+            if engine == "DeepSpeed":
+                self.is_deepspeed_enabled = True
+            else:
+                plugin = SimpleNamespace(fsdp_version=int(engine[-1]), state_dict_type=StateDictType[state_dict])
+                monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", plugin)
 
-    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", build_sharded)
-    with pytest.raises(ValueError, match=r"(?i)" + engine + r" shards them: use DDP, or set --sharpness none and"):
-        make_trainer(tmp_path, sharpness=SharpnessAwareStep("sam"))
-    with pytest.raises(ValueError, match="leave --ema_decay out"):
+        monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", build_sharded)
+
+    return under
+
+
+@pytest.mark.parametrize("engine", ["FSDP1", "FSDP2", "DeepSpeed"])
+def test_sharded_engines_are_refused(tmp_path, engine, sharded):
+    """FSDP2 is not, for sharpness-aware steps alone."""
+    sharded(engine)
+    step = SharpnessAwareStep("sam")
+    if engine == "FSDP2":
+        make_trainer(tmp_path, sharpness=step)
+    else:
+        with pytest.raises(ValueError, match=f"{engine} shards the parameters, and --sharpness cannot"):
+            make_trainer(tmp_path, sharpness=step)
+    with pytest.raises(ValueError, match=f"{engine} shards the parameters, and --ema_decay cannot"):
         make_trainer(tmp_path, ema_decay=0.9)
     make_trainer(tmp_path)
+
+
+def test_an_engine_that_would_save_no_whole_checkpoint_is_refused(tmp_path, sharded):
+    sharded("FSDP2", "SHARDED_STATE_DICT")
+    with pytest.raises(ValueError, match=r"fsdp_state_dict_type is SHARDED_STATE_DICT.*set it to FULL_STATE_DICT"):
+        make_trainer(tmp_path)
