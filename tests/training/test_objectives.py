@@ -502,6 +502,8 @@ def test_sharded_engines_are_refused(tmp_path, monkeypatch):
         self.is_deepspeed_enabled = True
 
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", build_sharded)
-    with pytest.raises(ValueError, match="DeepSpeed shards the parameters, and a contrastive --objective cannot be had"):
+    with pytest.raises(
+        ValueError, match="DeepSpeed shards the parameters, and a contrastive --objective cannot be had"
+    ):
         trainer_of(tmp_path, DeviceContrast())
     trainer_of(tmp_path, PatchMix())
