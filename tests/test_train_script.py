@@ -63,7 +63,9 @@ def test_a_run_leaves_everything_that_its_readers_need(two_seeds):
     names = {path.name for path in run.iterdir()}
     published = ("configuration", "feature_extraction", "filterbank", "modeling", "pretrained", "quality")
     code = {f"{name}_qlung.py" for name in published}
-    figures = {"confusion_matrix_test.png", "confusion_matrix_validation.png", "training_curves.png", "quality.png"}
+    of_each = ("confusion_matrix", "risk_coverage")
+    figures = {f"{name}_{split}.png" for name in of_each for split in ("test", "validation")}
+    figures |= {"training_curves.png", "quality.png"}
     files = {"config.json", "preprocessor_config.json", "model.safetensors", "metrics.json", "predictions.parquet"}
     assert names == code | figures | files | {"README.md", "recipe.yaml"}
 
@@ -184,7 +186,7 @@ def test_sharpness_under_fsdp_is_refused(shared_cache, tmp_path):
         capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, timeout=300,
     )  # fmt: skip
     assert done.returncode != 0
-    assert "FSDP shards them: use DDP, or set --sharpness none" in done.stderr
+    assert "FSDP shards the parameters, and --sharpness" in done.stderr
 
 
 @pytest.mark.slow
