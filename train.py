@@ -460,13 +460,18 @@ def describe(
             "pooling": config.pooling,
             "head": config.head,
         },
-        quality={"normalization": extractor.quality_normalization, **(extractor.quality_statistics or {})}
-        if trainer.loss.uses_quality
-        else None,
+        quality=quality_facts(extractor) if trainer.loss.uses_quality else None,
         missing=data.missing,
         base_model=None if local else options.get("encoder"),
         local_weights=options["encoder"].removeprefix(LOCAL) if local else None,
     )
+
+
+def quality_facts(extractor: QLungFeatureExtractor) -> dict[str, Any]:
+    """Name the quality score, and how the published one was normalised."""
+    if extractor.quality_score == "learned":
+        return {"score": "learned"}
+    return {"normalization": extractor.quality_normalization, **(extractor.quality_statistics or {})}
 
 
 def draw_run(run_dir: Path, description: RunDescription, train: Dataset, trainer: QLungTrainer) -> dict[str, str]:

@@ -8,7 +8,16 @@ from transformers import BatchFeature, SequenceFeatureExtractor
 from transformers.utils import logging
 
 from .filterbank_qlung import FRONT_ENDS, ClapFilterbank, KaldiFilterbank
-from .quality_qlung import NORMALIZATIONS, entropy_and_rms, quality_score
+from .quality_parameters_qlung import QUALITY_PARAMETERS
+from .quality_qlung import (
+    NORMALIZATIONS,
+    QUALITY_SCORES,
+    entropy_and_rms,
+    learned_quality,
+    quality_levels,
+    quality_reasons,
+    quality_score,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -49,6 +58,11 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         mean (`float`, *optional*):
             Subtracted from the log-mel values. Defaults to the front end's (AudioSet's -4.2677393; 0 for CLAP).
         std (`float`, *optional*): half of what they are then divided by. Defaults to 4.5689974; 0.5 for CLAP.
+        quality_score (`str`, *optional*, defaults to `"entropy_rms"`):
+            `"entropy_rms"`, QLung's published score, or `"learned"`, the probability that a clinician would call the
+            recording usable: see `quality_qlung`.
+        quality_parameters (`dict`, *optional*):
+            Of the learned score; defaults to the package's. Kept with the checkpoint.
         quality_normalization (`str`, *optional*, defaults to `"raw"`):
             How spectral entropy and RMS are normalised in the quality score: `raw`, `minmax`, `percentile`, `zscore`.
         quality_statistics (`dict`, *optional*): what `fit_statistics` of `quality_qlung` gave on the training set.
@@ -70,6 +84,8 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         fade_out: float = 0.0625,
         mean: float | None = None,
         std: float | None = None,
+        quality_score: str = "entropy_rms",
+        quality_parameters: dict | None = None,
         quality_normalization: str = "raw",
         quality_statistics: dict[str, list[float]] | None = None,
         **kwargs,
@@ -105,6 +121,8 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         held = self.filterbank.num_frames(self.num_samples)
         if front_end == "clap" and num_frames is not None and num_frames > held:
             raise ValueError(f"num_frames is {num_frames}, and {duration} s hold {held}: CLAP's input is not padded.")
+        if quality_score not in QUALITY_SCORES:
+            raise ValueError(f"quality_score is {quality_score!r}; choose one of {', '.join(QUALITY_SCORES)}.")
         if quality_normalization not in NORMALIZATIONS:
             raise ValueError(
                 f"quality_normalization is {quality_normalization!r}; choose one of {', '.join(NORMALIZATIONS)}."
@@ -115,6 +133,10 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         self.fade_out = fade_out
         self.mean = mean
         self.std = std
+        self.quality_score = quality_score
+        if quality_score == "learned" and quality_parameters is None:
+            quality_parameters = QUALITY_PARAMETERS
+        self.quality_parameters = quality_parameters
         self.quality_normalization = quality_normalization
         self.quality_statistics = quality_statistics
 
@@ -177,7 +199,8 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
                 Mono waveforms of shape (samples,), float, in [-1, 1], at `self.sampling_rate`.
             sampling_rate (`int`, *optional*): rate of `raw_speech`; pass it, so that a wrong one is an error.
             return_tensors (`str`, *optional*): `"pt"` or `"np"`; by default a list of arrays.
-            return_quality (`bool`, *optional*, defaults to `False`): add `quality`, one score in [0, 1] per waveform.
+            return_quality (`bool`, *optional*, defaults to `False`): add `quality`, one score in [0, 1] per waveform as
+                given, whatever of it the clip holds.
             device (`str`, *optional*, defaults to `"cpu"`): where the filterbank is computed; with
                 `return_tensors="pt"` the values stay there.
 
@@ -219,8 +242,15 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
 
     def quality(self, waveform: torch.Tensor | np.ndarray) -> float:
         """Give the quality score in [0, 1] of one waveform as recorded, shape (samples,), at `self.sampling_rate`."""
+        if self.quality_score == "learned":
+            levels = quality_levels(waveform, self.sampling_rate)
+            return learned_quality(levels, self.quality_parameters or QUALITY_PARAMETERS)
         entropy, rms = entropy_and_rms(waveform, self.sampling_rate)
         return quality_score(entropy, rms, self.quality_normalization, self.quality_statistics)
+
+    def quality_reasons(self, waveform: torch.Tensor | np.ndarray) -> list[str]:
+        """Say what may be wrong with one waveform as recorded, shape (samples,): "clipped", "mains hum", ..."""
+        return quality_reasons(waveform, self.sampling_rate)
 
     def _validated(self, waveform, index: int) -> torch.Tensor:
         if isinstance(waveform, (str, bytes)) or waveform is None:

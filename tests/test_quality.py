@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -5,8 +6,20 @@ import pytest
 import torch
 
 import hf_datasets
+from modeling_qlung import QLungFeatureExtractor
+from modeling_qlung.evaluation.noises import degrade
 from modeling_qlung.inference import read_audio, resample
-from modeling_qlung.quality_qlung import entropy_and_rms, fit_statistics, quality_score
+from modeling_qlung.quality_parameters_qlung import QUALITY_PARAMETERS, REASON_THRESHOLDS
+from modeling_qlung.quality_qlung import (
+    entropy_and_rms,
+    fit_statistics,
+    learned_quality,
+    quality_levels,
+    quality_reasons,
+    quality_score,
+    reason_measurements,
+)
+from modeling_qlung.training.quality import OWN_NOISE
 
 
 def reference_entropy(waveform: np.ndarray) -> float:
@@ -96,3 +109,192 @@ def test_missing_statistics_and_unknown_normalisations_are_named():
         quality_score(0.5, 0.1, "minmax")
     with pytest.raises(ValueError, match="do not vary"):
         fit_statistics(np.ones((5, 2)), "minmax")
+
+
+# ---- The learned score ----
+
+
+def breath(seconds: float, rate: int = 16000, seed: int = 0) -> np.ndarray:
+    """Noise of 150 to 700 Hz that swells every two seconds, over a floor 30 dB below, float32 of RMS 0.03."""
+    rng = np.random.default_rng(seed)
+    number = round(seconds * rate)
+    spectrum = np.fft.rfft(rng.standard_normal(number))
+    frequencies = np.fft.rfftfreq(number, 1 / rate)
+    spectrum[(frequencies < 150) | (frequencies > 700)] *= 1e-3
+    swell = np.sin(np.pi * np.arange(number) / rate / 2) ** 2
+    sound = np.fft.irfft(spectrum, number) * (0.05 + swell)
+    sound += 10**-1.5 * sound.std() * rng.standard_normal(number)
+    return (0.03 * sound / sound.std()).astype(np.float32)
+
+
+def reference_levels(waveform: np.ndarray) -> np.ndarray:
+    """Straight from the definition, in float64, frame by frame."""
+    edges = 300 * np.expm1(np.linspace(np.log1p(50 / 300), np.log1p(1800 / 300), 26))
+    frequencies = np.arange(513) * 15.625
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(1024) / 1024)
+    weights = np.stack([np.interp(frequencies, edges[band : band + 3], [0, 1, 0]) for band in range(24)])
+    weights /= weights.sum(axis=1, keepdims=True)
+    frames = [waveform[start : start + 1024] * window for start in range(0, len(waveform) - 1023, 512)]
+    powers = np.stack([weights @ np.abs(np.fft.rfft(frame)) ** 2 for frame in frames], axis=1)
+    return 10 * np.log10(powers / np.median(powers[4:16]) + 10**-2.5)
+
+
+def test_levels_are_those_of_the_definition():
+    waveform = breath(3.0)
+    levels = quality_levels(waveform)
+    assert levels.shape == (24, 92)
+    # Torch takes the lower of the two middle values.
+    np.testing.assert_allclose(levels, reference_levels(waveform.astype(np.float64)), atol=0.01)
+
+
+def test_neither_gain_nor_rate_nor_its_history_counts():
+    waveform = breath(6.0)
+    score = learned_quality(quality_levels(waveform), QUALITY_PARAMETERS)
+    for changed, rate in [
+        (waveform * 0.1, 16000),
+        (waveform * 10, 16000),
+        (resample(resample(waveform, 16000, 4000), 4000, 16000), 16000),
+        (resample(resample(waveform, 16000, 44100), 44100, 16000), 16000),
+        (resample(waveform, 16000, 48000), 48000),
+    ]:
+        assert learned_quality(quality_levels(changed, rate), QUALITY_PARAMETERS) == pytest.approx(score, abs=0.01)
+
+
+def test_digital_silence_between_sounds_does_not_raise_the_level():
+    waveform = breath(6.0)
+    paused = np.concatenate([waveform, np.zeros(160000, dtype=np.float32)])
+    levels = quality_levels(waveform)
+    assert quality_levels(paused)[:, : levels.shape[1]] == pytest.approx(levels.numpy(), abs=0.2)
+
+
+@pytest.mark.parametrize("waveform", [np.zeros(16000), np.zeros(1)])
+def test_silence_is_unusable(waveform):
+    assert learned_quality(quality_levels(waveform), QUALITY_PARAMETERS) == 0
+
+
+@pytest.mark.parametrize("samples", [1, 100, 4800])
+def test_the_shortest_waveforms_have_a_score(samples):
+    assert 0 <= learned_quality(quality_levels(breath(1.0)[:samples]), QUALITY_PARAMETERS) <= 1
+
+
+def test_parameters_of_another_network_are_refused():
+    levels = quality_levels(breath(2.0))
+    with pytest.raises(ValueError, match="quality_parameters are not what"):
+        learned_quality(levels, {"layers": []})
+    with pytest.raises(ValueError, match="quality_parameters are not what"):
+        learned_quality(levels, {**QUALITY_PARAMETERS, "layers": QUALITY_PARAMETERS["layers"][1:]})
+
+
+def count(values) -> int:
+    if isinstance(values, dict):
+        return sum(count(value) for value in values.values())
+    return sum(count(value) for value in values) if isinstance(values, list) else 1
+
+
+def test_its_parameters_are_few():
+    assert count(QUALITY_PARAMETERS) <= 2100
+
+
+@pytest.mark.parametrize("quality_score", ["entropy_rms", "learned"])
+def test_an_extractor_scores_in_one_call_and_carries_its_parameters(quality_score, tmp_path):
+    extractor = QLungFeatureExtractor(quality_score=quality_score)
+    waveforms = [breath(9.0), 0.1 * np.random.default_rng(0).standard_normal(16000).astype(np.float32)]
+    together = extractor(waveforms, sampling_rate=16000, return_quality=True)["quality"]
+    assert together.shape == (2,)
+    alone = [extractor(waveform, sampling_rate=16000, return_quality=True)["quality"][0] for waveform in waveforms]
+    assert together.tolist() == alone
+    extractor.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert stored["quality_parameters"] == (QUALITY_PARAMETERS if quality_score == "learned" else None)
+    again = QLungFeatureExtractor.from_pretrained(tmp_path)
+    assert again(waveforms, sampling_rate=16000, return_quality=True)["quality"].tolist() == alone
+
+
+def test_what_an_extractor_reads_is_not_what_the_package_ships():
+    silent = {"layers": QUALITY_PARAMETERS["layers"], "output": {"weight": [0.0] * 24, "bias": 0.0}}
+    extractor = QLungFeatureExtractor(quality_score="learned", quality_parameters=silent)
+    assert extractor.quality(breath(3.0)) == 0.5
+
+
+def test_an_unknown_quality_score_is_named():
+    with pytest.raises(ValueError, match=r"quality_score is 'best'.*learned"):
+        QLungFeatureExtractor(quality_score="best")
+
+
+def test_scoring_leaves_the_random_state_alone():
+    state = torch.get_rng_state()
+    QLungFeatureExtractor(quality_score="learned").quality(breath(2.0))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- Reasons ----
+
+
+@pytest.fixture(scope="module")
+def recordings_of(real_sprsound, tmp_path_factory):
+    """Sixty poor (`True`) and sixty good (`False`) recordings of SPRSound, each of as many children."""
+    rows = hf_datasets.load(
+        "sprsound", real_sprsound, "recordings", "train", cache_dir=tmp_path_factory.mktemp("cache")
+    )
+    poor = rows.features["record_label"].str2int("Poor Quality")
+    labels, children, audio = rows["record_label"][:], rows["patient_id"][:], rows.data.column("audio")
+    first = {(label == poor, child): row for row, (child, label) in enumerate(zip(children, labels, strict=True))}
+    chosen = {kind: [row for (of_kind, _), row in first.items() if of_kind == kind][:60] for kind in (True, False)}
+    return {kind: [read_audio(audio[row].as_py()["bytes"]) for row in of_kind] for kind, of_kind in chosen.items()}
+
+
+@pytest.fixture(scope="module")
+def good_recordings(recordings_of):
+    return recordings_of[False]
+
+
+def test_the_shipped_parameters_are_those_of_this_code(recordings_of):
+    """On recordings that they were fitted on: how well others are told, `evaluation.quality` measures."""
+    extractor = QLungFeatureExtractor(quality_score="learned")
+    poor, good = ([extractor.quality(waveform) for waveform in recordings_of[kind]] for kind in (True, False))
+    assert np.mean(np.array(good)[:, None] > poor) > 0.95
+    assert np.mean(good) == pytest.approx(0.95, abs=0.05)
+
+
+def test_every_reason_has_a_threshold():
+    assert list(REASON_THRESHOLDS) == list(reason_measurements(breath(2.0)))
+
+
+def test_good_recordings_have_few_reasons(good_recordings):
+    said = [reason for waveform in good_recordings for reason in quality_reasons(waveform)]
+    assert max(said.count(reason) for reason in REASON_THRESHOLDS) <= 3  # 5 %
+
+
+@pytest.mark.parametrize(("reason", "kind"), OWN_NOISE.items())
+def test_each_reason_tells_its_own_noise(reason, kind, good_recordings):
+    told = [reason in quality_reasons(degrade(waveform, kind, 7)[-2]) for waveform in good_recordings[:8]]
+    assert sum(told) >= 6
+
+
+def test_a_weak_recording_is_too_quiet_and_silence_nothing_else():
+    assert "too quiet" in quality_reasons(1e-3 * breath(3.0))
+    assert quality_reasons(np.zeros(16000)) == ["too quiet"]
+
+
+def test_breath_without_a_rhythm_is_no_breathing():
+    rng = np.random.default_rng(0)
+    assert "no breathing heard" in quality_reasons(0.03 * rng.standard_normal(100000))
+    assert "no breathing heard" not in quality_reasons(breath(8.0))
+
+
+@pytest.mark.parametrize("mains_hz", [50, 60])
+def test_mains_of_either_continent_hum(mains_hz):
+    times = np.arange(96000) / 16000
+    hum = sum(np.sin(2 * np.pi * mains_hz * harmonic * times) / harmonic for harmonic in range(1, 11))
+    assert "mains hum" in quality_reasons(breath(6.0) + 0.03 * hum)
+    assert "mains hum" not in quality_reasons(breath(6.0) + 0.03 * np.sin(2 * np.pi * 330 * times))
+
+
+def test_reasons_do_not_read_the_rate():
+    waveform = breath(6.0)
+    measured, faster = (
+        reason_measurements(waveform, 16000),
+        reason_measurements(resample(waveform, 16000, 48000), 48000),
+    )
+    for name, value in measured.items():
+        assert faster[name] == pytest.approx(value, abs=0.3)

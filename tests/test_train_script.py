@@ -61,8 +61,8 @@ def test_a_run_leaves_everything_that_its_readers_need(two_seeds):
     folder, _, output = two_seeds
     run = folder / "seed_1"
     names = {path.name for path in run.iterdir()}
-    published = ("configuration", "feature_extraction", "filterbank", "modeling", "pretrained", "quality")
-    code = {f"{name}_qlung.py" for name in published}
+    published = ("configuration", "feature_extraction", "filterbank", "modeling", "pretrained")
+    code = {f"{name}_qlung.py" for name in (*published, "quality", "quality_parameters")}
     of_each = ("confusion_matrix", "risk_coverage")
     figures = {f"{name}_{split}.png" for name in of_each for split in ("test", "validation")}
     figures |= {"training_curves.png", "quality.png"}

@@ -32,7 +32,8 @@ class RunDescription:
         seed: seed of the run.
         num_parameters: parameters of the model.
         architecture: facts of the checkpoint's config, such as backbone, pooling, head, duration.
-        quality: how recording quality was normalised, with the fitted statistics; None where the run did not use it.
+        quality: how recording quality was normalised, with the fitted statistics, or `{"score": "learned"}`; None where
+            the run did not use it.
         missing: what of the dataset was not there, None where it was complete.
         published: {score: value in percent} of the source's row, or {split: {score: value}} where it stands for
             several; empty where nothing was published.
@@ -306,6 +307,12 @@ def _recipe(run: RunDescription) -> str:
 def _quality(run: RunDescription) -> str:
     if run.quality is None:
         return "This run did not use recording quality."
+    if run.quality.get("score") == "learned":
+        return (
+            "The quality of a cycle is the probability that a clinician would call its recording usable, from a small "
+            "network on its levels in bands, fitted on the recordings that SPRSound's annotators called poor. It knows "
+            "children's recordings from one stethoscope; what it says of others was not judged by anybody."
+        )
     return (
         "QLung's quality score of a cycle rises with its energy and falls with its spectral entropy; the paper leaves "
         f"the normalisation of both open. Here:\n\n{_yaml_block(run.quality)}\n\n"

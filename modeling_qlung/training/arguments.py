@@ -101,8 +101,11 @@ class DataArguments:
         "Mean and deviation of the features: the front end's (AudioSet's for an AST, none for CLAP), or fitted on the "
         "training set.",
     )
+    quality: Literal["entropy_rms", "learned"] = _option(
+        "entropy_rms", "Quality score of the margin: QLung's published one, or the one learned from clinicians' labels."
+    )
     quality_normalization: Literal["raw", "minmax", "percentile", "zscore"] = _option(
-        "percentile", "How entropy and energy are normalised in the quality score, fitted on the training set."
+        "percentile", "entropy_rms: how entropy and energy are normalised, fitted on the training set."
     )
     quality_control: Literal["measured", "constant", "shuffled"] = _option(
         "measured", "Replace the training cycles' quality: by its mean, or by that of other cycles at random."

@@ -34,6 +34,7 @@ def fit_extractor(args: DataArguments, train: Dataset) -> QLungFeatureExtractor:
         padding=args.padding,
         fade_in=args.fade_in,
         fade_out=args.fade_out,
+        quality_score=args.quality,
     )
     if args.normalization == "train":
         fit_normalization(extractor, train)
@@ -144,7 +145,8 @@ def build_trainer(
     if objective.needs_device:
         devices = train.devices if isinstance(train, ParquetCycles) else sorted(set(train["device"][:]))
     quality = None
-    if data_args.quality_control != "measured":
+    learned = data_args.quality == "learned" and isinstance(train, Dataset)  # scored once, and not in every epoch
+    if learned or data_args.quality_control != "measured":
         measured = score_quality(extractor, train)
         quality = control_quality(train, measured, data_args.quality_control, training.seed)
     callbacks: list[TrainerCallback] = [TrainingDiagnostics(method.margin_warmup, task)]

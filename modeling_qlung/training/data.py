@@ -145,7 +145,16 @@ def _degrade_row(row: Mapping[str, Any], index: int, sampling_rate: int, seed: i
 
 
 def score_quality(feature_extractor: QLungFeatureExtractor, cycles: Dataset) -> np.ndarray:
-    """Score every row's quality (n,) in [0, 1] from its measured entropy and RMS."""
+    """Score every row's quality (n,) in [0, 1]: from its measured entropy and RMS, or, once and cached, as learned."""
+    if feature_extractor.quality_score == "learned":
+        code = inspect.getsource(quality_qlung)
+        scored = cycles.select_columns("waveform").map(
+            lambda row: {"quality": feature_extractor.quality(row["waveform"])},
+            remove_columns=["waveform"],
+            desc="Score quality",
+            new_fingerprint=Hasher.hash([cycles._fingerprint, code, feature_extractor.to_dict()]),
+        )
+        return np.array(scored["quality"][:])
     normalization, statistics = feature_extractor.quality_normalization, feature_extractor.quality_statistics
     pairs = zip(cycles["entropy"][:], cycles["rms"][:], strict=True)
     return np.array([quality_score(entropy, rms, normalization, statistics) for entropy, rms in pairs])
@@ -170,19 +179,21 @@ def count_classes(cycles: Dataset, task: Task) -> dict[str, int]:
 
 
 def control_quality(train: Dataset, quality: np.ndarray, kind: str, seed: int) -> dict[str, float]:
-    """Replace the training cycles' quality by a control that knows nothing of them.
+    """Give the training cycles' quality, or replace it by a control that knows nothing of them.
 
     Args:
         train: the training cycles.
         quality: their scores, (n,).
-        kind: `constant` gives all of them their mean; `shuffled` hands them out at random, so that the margins have the
-            same distribution.
+        kind: `measured` gives each its own; `constant` gives all of them their mean; `shuffled` hands them out at
+            random, so that the margins have the same distribution.
         seed: of the shuffle.
 
     Returns:
         The quality that [`CycleCollator`] is to take for each row, by `row_id`.
     """
-    shown = np.full_like(quality, quality.mean())
+    shown = quality
+    if kind == "constant":
+        shown = np.full_like(quality, quality.mean())
     if kind == "shuffled":
         shown = np.random.default_rng(seed).permutation(quality)
     return dict(zip(map(row_id, train.with_format(None).remove_columns("waveform")), shown.tolist(), strict=True))
@@ -239,9 +250,11 @@ class CycleCollator:
         return batch
 
     def quality(self, row: Mapping[str, Any]) -> float:
-        """Give what is shown in the place of one row's quality, or score its measured entropy and RMS."""
+        """Give what is shown in the place of one row's quality, or score it."""
         shown = self.shown_quality.get(row_id(row)) if self.shown_quality else None
         if shown is not None:
             return shown
         extractor = self.feature_extractor
+        if extractor.quality_score == "learned":
+            return extractor.quality(row["waveform"])
         return quality_score(row["entropy"], row["rms"], extractor.quality_normalization, extractor.quality_statistics)

@@ -166,3 +166,10 @@ def test_unknown_dataset_or_selection_is_refused(run):
         replace(run, dataset="coswara")
     with pytest.raises(ValueError, match="selection is 'best': the card knows validation, last, test"):
         replace(run, selection="best")
+
+
+def test_the_learned_quality_score_is_told_apart(run):
+    card = build_model_card(replace(run, quality={"score": "learned"}))
+    section = card.split("## Recording quality")[1].split("##")[0]
+    assert "probability that a clinician would call" in section
+    assert "entropy" not in section

@@ -1,0 +1,324 @@
+"""Fit the learned quality score on clinicians' labels, and its reasons on degraded recordings.
+
+    python -m modeling_qlung.training.quality --data_dir SPRSOUND
+
+The labels are SPRSound's "Poor Quality" of whole recordings (Zhang et al. 2022). The network sees ten seconds of
+each, sometimes of a copy with a little noise, under the recording's own label, or of one with much, as unusable. It
+needs no copies of other gains or rates: what it reads does not depend on these.
+
+Writes `quality_parameters_qlung.py`, and prints how well children that were not in fitting are told.
+"""
+
+import argparse
+import hashlib
+import json
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import hf_datasets
+
+from .. import quality_parameters_qlung
+from ..evaluation.noises import DEGRADATIONS, degrade
+from ..inference import read_audio
+from ..quality_qlung import LEVEL_BANDS, learned_quality, quality_levels, reason_measurements
+
+RATE = 16000
+FOLDS = 5
+CROP = 312  # frames of 32 ms: 10 s
+COPIES, COPY_SHARES = ("recorded", "little noise", "much noise"), (0.85, 0.1, 0.05)
+CHANNELS, KERNEL, LAYERS = 8, 5, 4  # 1,977 numbers
+BATCH_SIZE, LEARNING_RATE = 48, 4e-3
+SPOILED = COPIES.index("much noise")
+MILDEST, SEVEREST = 2, 2  # of the levels of each degradation
+
+
+class QualityNetwork(nn.Module):
+    """
+    The network of `quality_qlung.learned_quality`, as it is trained: with batch normalisation and dropout.
+
+    Args:
+        channels: of every layer.
+        dropout: share of channels' values that are left out in training.
+    """
+
+    def __init__(self, channels: int = CHANNELS, dropout: float = 0.05) -> None:
+        super().__init__()
+        widths = [LEVEL_BANDS, *[channels] * (LAYERS - 1)]
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(width, channels, KERNEL, padding=KERNEL // 2, bias=False) for width in widths
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm1d(channels) for _ in widths)
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(3 * channels, 1)
+
+    def forward(self, levels: Tensor) -> Tensor:
+        """Map levels (batch, 24, frames) to the logit of being usable (batch,)."""
+        hidden = levels
+        for number, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
+            if number:
+                hidden = self.dropout(F.max_pool1d(hidden, 2))
+            hidden = F.relu(norm(convolution(hidden)))
+        pooled = torch.cat([hidden.mean(dim=2), hidden.std(dim=2, correction=0), hidden.amax(dim=2)], dim=1)
+        return self.output(self.dropout(pooled))[:, 0]
+
+    def export(self, slope: float = 1.0, offset: float = 0.0) -> dict[str, Any]:
+        """Give the parameters for `learned_quality`, with every normalisation and the logit's calibration folded in.
+
+        Five significant digits are kept. Call it in evaluation mode.
+        """
+        layers = []
+        pairs = cast("Iterable[tuple[nn.Conv1d, nn.BatchNorm1d]]", zip(self.convolutions, self.norms, strict=True))
+        for convolution, norm in pairs:
+            fused = fuse_conv_bn_eval(convolution, norm)
+            layers.append({"weight": fused.weight, "bias": fused.bias})
+        output = {"weight": slope * self.output.weight[0], "bias": slope * self.output.bias[0] + offset}
+        return _rounded({"layers": layers, "output": output})
+
+
+def _rounded(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {name: _rounded(value) for name, value in values.items()}
+    if isinstance(values, Tensor):
+        values = values.tolist()
+    return [_rounded(value) for value in values] if isinstance(values, list) else float(f"{values:.5g}")
+
+
+# ---- What it is trained on ----
+
+
+def make_copies(waveform: NDArray) -> list[Tensor]:
+    """Make the `COPIES` of a recording (samples,) at 16 kHz and give their levels, half precision.
+
+    The noise, of one kind of `DEGRADATIONS`, is drawn by the recording's samples.
+    """
+    rng = np.random.default_rng(list(hashlib.sha256(waveform.tobytes()).digest()[:8]))
+    noisy = []
+    for levels in (slice(MILDEST), slice(-SEVEREST, None)):
+        kind = rng.choice(list(DEGRADATIONS))
+        noisy.append(rng.choice(degrade(waveform, kind, int(rng.integers(2**32)))[levels]))
+    return [quality_levels(copy, RATE).half() for copy in (waveform, *noisy)]
+
+
+class Examples(NamedTuple):
+    """Levels of all copies of recordings, repeated to one length, and what is known of them."""
+
+    levels: Tensor  # (recordings, copies, 24, frames)
+    frames: Tensor  # (recordings,) that are not repetition
+    usable: Tensor  # (recordings,) 1.0 or 0.0
+
+    def draw(self, chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draw a copy and a part of `CROP` frames of each of the chosen recordings: levels and targets."""
+        number = len(chosen)
+        copy = torch.multinomial(torch.tensor(COPY_SHARES), number, replacement=True, generator=generator)
+        start = torch.rand(number, generator=generator) * (self.frames[chosen] - CROP + 1).clamp_min(1)
+        places = start.long()[:, None] + torch.arange(CROP)
+        levels = self.levels[chosen, copy].gather(2, places[:, None].expand(-1, LEVEL_BANDS, -1)).float()
+        return levels, self.usable[chosen] * (copy != SPOILED)
+
+
+def collect(copies: Sequence[list[Tensor]], usable: NDArray) -> Examples:
+    """Put what [`make_copies`] gave of each recording into tensors."""
+    longest = max(max(levels[0].shape[1] for levels in copies), CROP)
+
+    def repeated(levels: Tensor) -> Tensor:
+        return levels.repeat(1, -(-longest // levels.shape[1]))[:, :longest]
+
+    return Examples(
+        torch.stack([torch.stack([repeated(one) for one in levels]) for levels in copies]),
+        torch.tensor([levels[0].shape[1] for levels in copies]),
+        torch.tensor(usable, dtype=torch.float32),
+    )
+
+
+# ---- Training ----
+
+
+def train(examples: Examples, seed: int = 0, channels: int = CHANNELS, epochs: int = 40) -> QualityNetwork:
+    """Train a network on all of the examples: AdamW, one cycle of the learning rate, mixup, random level and tilt."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = QualityNetwork(channels)
+        generator = torch.Generator().manual_seed(seed)
+        rng = np.random.default_rng(seed)
+        steps = max(1, len(examples.usable) // BATCH_SIZE)
+        optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * steps)
+        network.train()
+        for _ in range(epochs):
+            for chosen in torch.randperm(len(examples.usable), generator=generator).chunk(steps):
+                levels, usable = _augmented(*examples.draw(chosen, generator), generator, rng)
+                # One recording in eleven is poor: as if it were one in three.
+                loss = F.binary_cross_entropy_with_logits(network(levels), usable, weight=1 + 4 * (1 - usable))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return network.eval()
+
+
+def _augmented(
+    levels: Tensor, usable: Tensor, generator: torch.Generator, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Vary levels (batch, 24, frames): loudness, tilt, direction of time, four bands hidden, two recordings mixed."""
+    number = len(levels)
+    tilt = torch.linspace(-1, 1, LEVEL_BANDS)[None, :, None]
+    shift = torch.randn(number, 2, 1, 1, generator=generator)
+    levels = levels + 3 * shift[:, 0] + 2 * shift[:, 1] * tilt
+    backwards = torch.rand(number, generator=generator) < 0.5
+    levels[backwards] = levels[backwards].flip(2)
+    first = torch.randint(LEVEL_BANDS - 4, (number, 1, 1), generator=generator)
+    band = torch.arange(LEVEL_BANDS)[None, :, None]
+    hidden = (band >= first) & (band < first + 4) & (torch.rand(number, 1, 1, generator=generator) < 0.5)
+    levels = torch.where(hidden, levels.mean(dim=(1, 2), keepdim=True), levels)
+    if rng.random() < 0.7:
+        share, other = rng.beta(0.4, 0.4), torch.randperm(number, generator=generator)
+        levels, usable = share * levels + (1 - share) * levels[other], share * usable + (1 - share) * usable[other]
+    return levels, usable
+
+
+def fit(
+    copies: Sequence[list[Tensor]], usable: NDArray, patients: NDArray, folds: int = FOLDS, seed: int = 0
+) -> tuple[dict[str, Any], NDArray]:
+    """Fit the learned score: a network on all recordings, its logit calibrated on recordings of unseen patients.
+
+    Args:
+        copies: what [`make_copies`] gave of each recording.
+        usable: (n,) bool.
+        patients: (n,), kept apart.
+        folds: how many of `FOLDS` folds are held out in turn, to calibrate on; each costs one more training.
+        seed: of everything.
+
+    Returns:
+        The parameters for `learned_quality`, and the calibrated logits (n,) of recordings while they were held out, NaN
+        where they were not.
+    """
+    logits = np.full(len(usable), np.nan)
+    splits = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(usable, usable, patients)
+    for (kept, unseen), _ in zip(splits, range(folds), strict=False):
+        network = train(collect([copies[index] for index in kept], usable[kept]), seed)
+        logits[unseen] = score(network, [copies[index][0] for index in unseen])
+    held_out = ~np.isnan(logits)
+    platt = LogisticRegression(C=1e6).fit(logits[held_out, None], usable[held_out])
+    slope, offset = float(platt.coef_[0, 0]), float(platt.intercept_[0])
+    return train(collect(copies, usable), seed).export(slope, offset), slope * logits + offset
+
+
+_remembered: dict[bytes, list[Tensor]] = {}  # copies by the recording's digest: folds share recordings
+
+
+def fit_learned(
+    waveforms: Sequence[NDArray], levels: Sequence[Tensor], usable: NDArray, patients: NDArray
+) -> Callable[[Sequence[Tensor]], NDArray]:
+    """Fit the score as [`fit`] does, calibrated on one fold: the form in which `evaluation.quality` refits scores.
+
+    Args:
+        waveforms: (samples,) each, at 16 kHz; copies of them are made once per process.
+        levels: of the waveforms, from `quality_levels`; made anew here, with those of the copies.
+        usable: (n,) bool.
+        patients: (n,).
+
+    Returns:
+        A function from levels of m recordings to their scores (m,).
+    """
+    digests = [hashlib.sha256(waveform.tobytes()).digest() for waveform in waveforms]
+    for digest, waveform in zip(digests, waveforms, strict=True):
+        if digest not in _remembered:
+            _remembered[digest] = make_copies(waveform)
+    parameters, _ = fit([_remembered[digest] for digest in digests], usable, patients, folds=1)
+    return lambda unseen: np.array([learned_quality(one, parameters) for one in unseen])
+
+
+@torch.no_grad()
+def score(network: QualityNetwork, levels: Sequence[Tensor]) -> NDArray:
+    """Give the logits of recordings' levels, (24, frames) each."""
+    return np.array([float(network(one[None].float())) for one in levels])
+
+
+# ---- Reasons ----
+
+# Each reason's own noise, and at which of its levels it is to be told; what has no noise of its own is the rest.
+OWN_NOISE = {
+    "clipped": "clipping",
+    "dropouts": "dropouts",
+    "mains hum": "hum",
+    "low-frequency rumble": "rumble",
+    "handling noise": "knocks",
+    "broadband noise": "white",
+    "speech or crying": "babble",
+}
+OWN_LEVEL = 4  # 10 dB, or a fifth of the samples
+QUIET_GAIN_DB = -30.0
+GOOD_SHARE = 0.985  # of good recordings lie below each threshold
+
+
+def fit_reasons(waveforms: Sequence[NDArray]) -> dict[str, float]:
+    """Fit the thresholds of `quality_reasons` on good recordings and degraded copies of them.
+
+    Each lies halfway between what 98.5 % of the good recordings stay below and the median of copies with the reason's
+    own noise, or at the former where that is more.
+    """
+    clean = [reason_measurements(waveform, RATE) for waveform in waveforms]
+    thresholds = {name: float(np.quantile([one[name] for one in clean], GOOD_SHARE)) for name in clean[0]}
+    some = list(enumerate(waveforms))[::10]
+    spoiled = {
+        name: [reason_measurements(degrade(waveform, kind, seed)[OWN_LEVEL], RATE)[name] for seed, waveform in some]
+        for name, kind in OWN_NOISE.items()
+    }
+    spoiled["too quiet"] = [one["too quiet"] - QUIET_GAIN_DB for one in clean]
+    for name, values in spoiled.items():
+        thresholds[name] += max(0.0, float(np.median(values)) - thresholds[name]) / 2
+    return {name: float(f"{value:.3g}") for name, value in thresholds.items()}
+
+
+# ---- The command ----
+
+
+def write(parameters: dict[str, Any], thresholds: dict[str, float], path: Path) -> None:
+    """Write the module that the published files import."""
+    numbers = "\n".join(textwrap.wrap(json.dumps(parameters), 116, break_long_words=False, break_on_hyphens=False))
+    reasons = "".join(f'    "{name}": {value!r},\n' for name, value in thresholds.items())
+    path.write_text(
+        '"""Parameters of the learned score and of reasons, as `python -m modeling_qlung.training.quality` writes them.'
+        f'"""\n\nimport json\nfrom typing import Any\n\nREASON_THRESHOLDS: dict[str, float] = {{\n{reasons}}}\n'
+        f'QUALITY_PARAMETERS: dict[str, Any] = json.loads("""\n{numbers}\n""")\n',
+        encoding="utf-8",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fit on SPRSound's training recordings, write the parameters, and print the discrimination of unseen children."""
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_qlung.training.quality", description="Fit the learned quality score."
+    )
+    parser.add_argument("--data_dir", help="folder that holds BioCAS2022; left out: downloaded")
+    parser.add_argument("--output", type=Path, default=Path(quality_parameters_qlung.__file__), help="file to write")
+    args = parser.parse_args(argv)
+    rows = hf_datasets.load("sprsound", args.data_dir, config="recordings", split="train")
+    poor = rows.features["record_label"].str2int("Poor Quality")
+    usable = np.array(rows["record_label"][:]) != poor
+    encoded = rows.cast_column("audio", datasets.Audio(decode=False))["audio"]
+    waveforms = [read_audio(audio["bytes"], RATE) for audio in encoded]
+    copies = [make_copies(waveform) for waveform in waveforms]
+    parameters, logits = fit(copies, usable, np.array(rows["patient_id"][:]))
+    good = np.random.default_rng(0).permutation(np.flatnonzero(usable))[:400]
+    write(parameters, fit_reasons([waveforms[index] for index in good]), args.output)
+    brier = np.mean((1 / (1 + np.exp(-logits)) - usable) ** 2)
+    print(f"{len(usable)} recordings, {(~usable).sum()} poor ({(~usable).mean():.1%}); written to {args.output}")
+    print(f"children not in fitting: AUROC {roc_auc_score(usable, logits):.3f}, Brier score {brier:.4f}")
+
+
+if __name__ == "__main__":
+    main()
