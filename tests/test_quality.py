@@ -232,14 +232,13 @@ def test_scoring_leaves_the_random_state_alone():
 
 @pytest.fixture(scope="module")
 def recordings_of(real_sprsound, tmp_path_factory):
-    """Sixty poor (`True`) and sixty good (`False`) recordings of SPRSound, each of as many children."""
+    """Poor (`True`) and good (`False`) recordings of SPRSound, some sixty of each, of children of every age."""
     rows = hf_datasets.load(
         "sprsound", real_sprsound, "recordings", "train", cache_dir=tmp_path_factory.mktemp("cache")
     )
-    poor = rows.features["record_label"].str2int("Poor Quality")
-    labels, children, audio = rows["record_label"][:], rows["patient_id"][:], rows.data.column("audio")
-    first = {(label == poor, child): row for row, (child, label) in enumerate(zip(children, labels, strict=True))}
-    chosen = {kind: [row for (of_kind, _), row in first.items() if of_kind == kind][:60] for kind in (True, False)}
+    audio = rows.data.column("audio")
+    poor = np.array(rows["record_label"][:]) == rows.features["record_label"].str2int("Poor Quality")
+    chosen = {True: np.flatnonzero(poor)[::3].tolist(), False: np.flatnonzero(~poor)[::29].tolist()}
     return {kind: [read_audio(audio[row].as_py()["bytes"]) for row in of_kind] for kind, of_kind in chosen.items()}
 
 
