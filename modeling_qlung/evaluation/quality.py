@@ -28,6 +28,7 @@ from .quality_measures import (
     group_share,
     monotonicity,
     rank_correlation,
+    refused,
 )
 from .quality_scores import RATE, SCORES, Fitted, Recordings, Score, choose, load, measure
 from .quality_tables import to_markdown
@@ -44,26 +45,31 @@ _QUIETEST = 10 * 2.0**-15  # RMS: ten steps of 16 bit
 
 
 def tells_poor(fitted: Sequence[Fitted], recordings: Recordings) -> dict[str, Any]:
-    """Measure discrimination and, of probabilities, calibration, on children not seen in fitting."""
+    """Measure discrimination, what gates refuse and, of probabilities, calibration, on children not seen in fitting."""
     results = {}
     for one in fitted:
         results[one.name] = discrimination(one.out_of_fold, recordings.poor, recordings.patients)
-        results[one.name]["threshold"] = one.threshold
+        results[one.name]["gates"] = _gates(one, one.out_of_fold[0], recordings)
         if one.score.probability:
             results[one.name]["calibration"] = calibration(one.out_of_fold, ~recordings.poor)
     return results
 
 
 def tells_poor_of_others(fitted: Sequence[Fitted], recordings: Recordings) -> dict[str, Any]:
-    """Measure the same on other children's recordings, once."""
+    """Measure the same on other children's recordings, once, at the same gates."""
     measured = measure(recordings.waveforms, [one.score for one in fitted])
     results = {}
     for one in fitted:
         quality = one.on_others(measured[one.score.measure])[None]
         results[one.name] = discrimination(quality, recordings.poor, recordings.patients)
+        results[one.name]["gates"] = _gates(one, quality[0], recordings)
         if one.score.probability:
             results[one.name]["calibration"] = calibration(quality, ~recordings.poor)
     return results
+
+
+def _gates(one: Fitted, quality: NDArray, recordings: Recordings) -> dict[str, Any]:
+    return {name: refused(quality, recordings.poor, threshold) for name, threshold in one.gates.items()}
 
 
 def falls_with_noise(fitted: Sequence[Fitted], recordings: Recordings) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def plot_discrimination(qualities: Mapping[str, NDArray], poor: NDArray, path: P
     roc, reliability = figure.subplots(1, 2)
     for axes in (roc, reliability):
         axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, dashes=(4, 3))
-        axes.set(xlim=(0, 1), ylim=(0, 1.01), aspect="equal")
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     for name, quality in qualities.items():
         order = np.argsort(quality[0], kind="stable")
         last = np.r_[np.diff(quality[0][order]) > 0, True]  # equal scores are called together
@@ -55,7 +55,8 @@ def plot_discrimination(qualities: Mapping[str, NDArray], poor: NDArray, path: P
         reliability.plot(*places, color=colours[name], linewidth=1.2)
         reliability.scatter(*places, s=sizes, color=colours[name], zorder=3)
     _finish(roc, "Poor recordings found", "usable recordings called poor", "poor recordings called poor")
-    roc.legend(frameon=False, labelcolor=_INK, fontsize=9, title="AUROC", alignment="left", loc="lower right")
+    legend = roc.legend(frameon=False, labelcolor=_INK, fontsize=9, title="AUROC", alignment="left", loc="lower right")
+    legend.get_title().set_color(_INK)
     _finish(reliability, "Reliability", "score", "share that clinicians call usable")
     figure.savefig(path, dpi=160)
 
@@ -78,13 +79,15 @@ def plot_monotonicity(results: Mapping[str, Any], path: Path) -> None:
     for axes, (kind, found) in zip(panels, kinds.items(), strict=False):
         for name, of_score in results.items():
             axes.plot(of_score[kind]["mean"], color=colours[name], linewidth=1.8, marker="o", markersize=3, label=name)
-        axes.set_xticks(range(len(found["mean"])), ["–", *(f"{level:g}" for level in found["levels"])], fontsize=8)
-        axes.set_ylim(0, 1)
+        axes.set_xticks(range(len(found["mean"])), ["–", *(f"{n:g}".replace("-", "−") for n in found["levels"])])
+        axes.set_ylim(-0.02, 1.02)
         _finish(axes, kind, {"dB": "SNR, dB", "%": "percent lost"}[found["unit"]], "")
+        axes.tick_params(axis="x", labelsize=8)
     for axes in panels[len(kinds) :]:
         axes.set_axis_off()
-    figure.supylabel("mean score", color=_MUTED, fontsize=10)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.supylabel("mean score (–: as recorded)", color=_MUTED, fontsize=10)
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, labelcolor=_INK)
     figure.savefig(path, dpi=140)
 
 
@@ -136,7 +139,7 @@ def plot_recordings(best: Sequence[Shown], worst: Sequence[Shown], path: Path, s
             axes.spines[:].set_visible(False)
             axes.set_title(f"{shown.quality:.2f}: {shown.label}", loc="left", color=_INK, fontsize=10)
         row[0].set_ylabel(heading, color=_INK, fontsize=11)
-    title = f"The highest and lowest {score}, each from a child not seen in fitting: score, and what clinicians said"
+    title = f"Highest and lowest by {score}, of children not seen in fitting: score, and what clinicians said"
     figure.suptitle(title, x=0.01, ha="left", color=_INK, weight="bold")
     figure.supxlabel("seconds", color=_MUTED, fontsize=10)
     figure.savefig(path, dpi=100)

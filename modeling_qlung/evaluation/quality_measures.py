@@ -123,6 +123,21 @@ def best_threshold(quality: NDArray, poor: NDArray) -> float:
     return float(places[np.argmax(below - np.searchsorted(np.sort(quality[~poor]), places) / (~poor).sum())])
 
 
+def refused(quality: NDArray, poor: NDArray, threshold: float) -> dict[str, float]:
+    """Measure what a gate does that refuses recordings whose score is below a threshold.
+
+    Args:
+        quality: (n,).
+        poor: (n,) bool, some of each.
+        threshold: of the score.
+
+    Returns:
+        `threshold`, and the shares of `poor` and of `usable` recordings that are refused.
+    """
+    below = quality < threshold
+    return {"threshold": threshold, "poor": float(below[poor].mean()), "usable": float(below[~poor].mean())}
+
+
 def monotonicity(quality: NDArray) -> dict[str, Any]:
     """Measure whether the score falls as a recording gets worse.
 

@@ -32,8 +32,8 @@ def _number(value: float | None, spec: str = ".3f") -> str:
     return "–" if value is None else f"{value:{spec}}".replace("-", "−")
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.0f} %"
+def _percent(value: float | None, digits: int = 0) -> str:
+    return "–" if value is None else f"{100 * value:.{digits}f} %"
 
 
 def _label(results: Results) -> list[str]:
@@ -49,7 +49,13 @@ def _label(results: Results) -> list[str]:
         rows.append([f"`{name}`", *cells, *(_number(given.get(key)) for key in ("brier", "brier_constant", "ece"))])
     about = next(iter(results.values()))
     counts = f"{about['poor']} poor recordings of {about['n']:,}, {about['patients']} children"
-    return [*_table(head, rows), "", f"{counts}; mean ± sd over folds drawn anew."]
+    gates = [
+        [f"`{name}`, {gate}", _number(g["threshold"]), _percent(g["poor"], 1), _percent(g["usable"], 1)]
+        for name, found in results.items()
+        for gate, g in found["gates"].items()
+    ]
+    refused = _table(["gate", "threshold", "poor recordings refused", "usable ones refused"], gates)
+    return [*_table(head, rows), "", f"{counts}; mean ± sd over folds drawn anew.", "", *refused]
 
 
 def _noise(results: Results) -> list[str]:

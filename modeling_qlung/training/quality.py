@@ -6,14 +6,15 @@ The labels are SPRSound's "Poor Quality" of whole recordings (Zhang et al. 2022)
 each, sometimes of a copy with a little noise, under the recording's own label, or of one with much, as unusable. It
 needs no copies of other gains or rates: what it reads does not depend on these.
 
-Writes `quality_parameters_qlung.py`, and prints how well children that were not in fitting are told.
+Writes `quality_parameters_qlung.py`, and prints how well children that were not in fitting are told. With `--ceiling`
+it writes nothing, and prints how well networks of other sizes do, and with fewer children to learn from.
 """
 
 import argparse
 import hashlib
 import json
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -32,6 +33,7 @@ import hf_datasets
 
 from .. import quality_parameters_qlung
 from ..evaluation.noises import DEGRADATIONS, degrade
+from ..evaluation.quality_measures import discrimination
 from ..inference import read_audio
 from ..quality_qlung import LEVEL_BANDS, learned_quality, quality_levels, reason_measurements
 
@@ -189,6 +191,36 @@ def _augmented(
     return levels, usable
 
 
+def held_out_logits(
+    copies: Sequence[list[Tensor]],
+    usable: NDArray,
+    patients: NDArray,
+    folds: int = FOLDS,
+    seed: int = 0,
+    channels: int = CHANNELS,
+    share: float = 1.0,
+) -> NDArray:
+    """Give the logits (n,) of recordings by networks fitted on other patients, NaN where they were not held out.
+
+    Args:
+        copies: what [`make_copies`] gave of each recording.
+        usable: (n,) bool.
+        patients: (n,), kept apart.
+        folds: how many of `FOLDS` folds are held out in turn.
+        seed: of the folds and the networks.
+        channels: of the networks.
+        share: of the other patients that they are fitted on.
+    """
+    logits = np.full(len(usable), np.nan)
+    splits = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(usable, usable, patients)
+    for (kept, unseen), number in zip(splits, range(folds), strict=False):
+        others = np.random.default_rng((seed, number)).permutation(np.unique(patients[kept]))
+        kept = kept[np.isin(patients[kept], others[: round(share * len(others))])]
+        network = train(collect([copies[index] for index in kept], usable[kept]), seed, channels)
+        logits[unseen] = score(network, [copies[index][0] for index in unseen])
+    return logits
+
+
 def fit(
     copies: Sequence[list[Tensor]], usable: NDArray, patients: NDArray, folds: int = FOLDS, seed: int = 0
 ) -> tuple[dict[str, Any], NDArray]:
@@ -205,11 +237,7 @@ def fit(
         The parameters for `learned_quality`, and the calibrated logits (n,) of recordings while they were held out, NaN
         where they were not.
     """
-    logits = np.full(len(usable), np.nan)
-    splits = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(usable, usable, patients)
-    for (kept, unseen), _ in zip(splits, range(folds), strict=False):
-        network = train(collect([copies[index] for index in kept], usable[kept]), seed)
-        logits[unseen] = score(network, [copies[index][0] for index in unseen])
+    logits = held_out_logits(copies, usable, patients, folds, seed)
     held_out = ~np.isnan(logits)
     platt = LogisticRegression(C=1e6).fit(logits[held_out, None], usable[held_out])
     slope, offset = float(platt.coef_[0, 0]), float(platt.intercept_[0])
@@ -283,6 +311,56 @@ def fit_reasons(waveforms: Sequence[NDArray]) -> dict[str, float]:
     return {name: float(f"{value:.3g}") for name, value in thresholds.items()}
 
 
+# ---- How far the labels go ----
+
+ASIDE = 50  # children: no choice was made on them
+WIDTHS = (4, 8, 16, 32)
+SHARES = (0.25, 0.5, 0.75)
+
+
+def ceiling(copies: Sequence[list[Tensor]], usable: NDArray, patients: NDArray) -> Iterator[tuple[str, int, NDArray]]:
+    """Score recordings of children that were held out, with networks of growing size, fitted on more and more children.
+
+    `ASIDE` children are put aside. Of the others, every fifth in turn is held out; those put aside are scored last, by
+    the shipped architecture fitted on all others.
+
+    Args:
+        copies: what [`make_copies`] gave of each recording.
+        usable: (n,) bool.
+        patients: (n,).
+
+    Yields:
+        What was fitted, how many numbers it has, and its logits (n,), NaN where a recording was not scored.
+    """
+    aside = np.isin(patients, np.random.default_rng(2022).permutation(np.unique(patients))[:ASIDE])
+    others = np.flatnonzero(~aside)
+    known = [copies[index] for index in others.tolist()]
+    settings = [(1.0, channels) for channels in WIDTHS] + [(share, CHANNELS) for share in SHARES]
+    for share, channels in settings:
+        logits = np.full(len(usable), np.nan)
+        logits[others] = held_out_logits(known, usable[others], patients[others], channels=channels, share=share)
+        yield f"{channels} channels, {share:.0%} of the children in each fold", _size(channels), logits
+    logits = np.full(len(usable), np.nan)
+    network = train(collect(known, usable[others]))
+    logits[aside] = score(network, [levels[0] for levels, left in zip(copies, aside, strict=True) if left])
+    yield f"{CHANNELS} channels, the {ASIDE} children put aside", _size(CHANNELS), logits
+
+
+def _size(channels: int) -> int:
+    """How many numbers are shipped, where each normalisation's two are folded into one bias."""
+    return sum(values.numel() for values in QualityNetwork(channels).parameters()) - LAYERS * channels
+
+
+def print_ceiling(copies: Sequence[list[Tensor]], usable: NDArray, patients: NDArray) -> None:
+    """Print what [`ceiling`] scores as a Markdown table, with 95 % intervals by child."""
+    print("| network | numbers | recordings, poor | AUROC | 95 % |\n| --- | ---: | ---: | ---: | ---: |")
+    for what, numbers, logits in ceiling(copies, usable, patients):
+        scored = ~np.isnan(logits)
+        about = discrimination(logits[None, scored], ~usable[scored], patients[scored])
+        auroc, ends = about["auroc"]["mean"], " to ".join(f"{end:.3f}" for end in about["auroc"]["interval"] or ())
+        print(f"| {what} | {numbers:,} | {about['n']:,}, {about['poor']} | {auroc:.3f} | {ends} |", flush=True)
+
+
 # ---- The command ----
 
 
@@ -304,6 +382,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m modeling_qlung.training.quality", description="Fit the learned quality score."
     )
     parser.add_argument("--data_dir", help="folder that holds BioCAS2022; left out: downloaded")
+    parser.add_argument(
+        "--ceiling", action="store_true", help="write nothing, but show larger networks and fewer children"
+    )
     parser.add_argument("--output", type=Path, default=Path(quality_parameters_qlung.__file__), help="file to write")
     args = parser.parse_args(argv)
     rows = hf_datasets.load("sprsound", args.data_dir, config="recordings", split="train")
@@ -312,7 +393,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoded = rows.cast_column("audio", datasets.Audio(decode=False))["audio"]
     waveforms = [read_audio(audio["bytes"], RATE) for audio in encoded]
     copies = [make_copies(waveform) for waveform in waveforms]
-    parameters, logits = fit(copies, usable, np.array(rows["patient_id"][:]))
+    patients = np.array(rows["patient_id"][:])
+    if args.ceiling:
+        print_ceiling(copies, usable, patients)
+        return
+    parameters, logits = fit(copies, usable, patients)
     good = np.random.default_rng(0).permutation(np.flatnonzero(usable))[:400]
     write(parameters, fit_reasons([waveforms[index] for index in good]), args.output)
     brier = np.mean((1 / (1 + np.exp(-logits)) - usable) ** 2)

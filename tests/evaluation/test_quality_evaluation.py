@@ -26,6 +26,7 @@ from modeling_qlung.evaluation.quality_measures import (
     group_share,
     monotonicity,
     rank_correlation,
+    refused,
     weighted_auroc,
     weighted_average_precision,
 )
@@ -140,6 +141,11 @@ def test_threshold_lies_between_separated_scores():
     # One good recording among the poor ones: still cheaper to call it poor.
     found = best_threshold(np.array([0.1, 0.2, 0.3, 0.6, 0.7]), np.array([True, False, True, False, False]))
     assert 0.3 < found < 0.6
+
+
+def test_a_gate_refuses_what_is_below_it():
+    quality, poor = np.array([0.1, 0.4, 0.5, 0.2, 0.5, 0.6, 0.7]), np.array([True, True, True, *[False] * 4])
+    assert refused(quality, poor, 0.5) == {"threshold": 0.5, "poor": 2 / 3, "usable": 0.25}
 
 
 def test_monotonicity_of_falling_rising_still_and_jumping_scores():
@@ -333,6 +339,19 @@ def test_changed_copies_are_scored_by_the_function_of_their_fold():
     assert one.on_others(own).all()
 
 
+def test_gates_are_chosen_on_scores_out_of_fold():
+    recordings = made_recordings()
+    quality = np.where(recordings.poor, 0.3, 0.9)
+    quality[:5], quality[5] = [0.8, 0.8, 0.8, 0.85, 0.8], 0.2  # a poor one scores well, a usable one badly
+    places = {id(waveform): place for place, waveform in enumerate(recordings.waveforms)}
+    one = fitted_to(score_of(lambda waveform: quality[places[id(waveform)]]), recordings)
+    assert 0.3 < one.threshold == one.gates["best balance"] < 0.8
+    assert one.gates["95 % of usable ones pass"] == pytest.approx(np.percentile(quality[~recordings.poor], 5))
+    gates = tells_poor([one], recordings)["score"]["gates"]
+    assert gates["best balance"] == {"threshold": one.threshold, "poor": 0.9, "usable": 1 / 30}
+    assert gates["one half"] == {"threshold": 0.5, "poor": 0.9, "usable": 1 / 30}
+
+
 def test_scores_that_share_measurements_measure_once():
     calls = []
 
@@ -457,6 +476,7 @@ def test_everything_is_measured_drawn_and_tabulated(tmp_path, monkeypatch):
     text = to_markdown(results)
     assert text.count("## ") == 7
     assert "| `loud` | 1.000 ± 0.000 | [1.00, 1.00] |" in text
+    assert "| `loud`, one half | 0.500 | 100.0 % | 0.0 % |" in text
     assert "nan" not in text
     figures = {path.name for path in tmp_path.iterdir()}
     assert {"quality_label.png", "quality_noise.png", "quality_devices.png", "quality_recordings_loud.png"} <= figures
@@ -498,7 +518,7 @@ def test_command_on_real_recordings(tmp_path, monkeypatch, capsys, real_sprsound
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "out"
     arguments = ["--data_dir", str(tmp_path), "--output_dir", str(folder), "--allow_missing_audio"]
-    quality.main([*arguments, "--score", "entropy_rms", "entropy_rms_raw"])
+    quality.main([*arguments, "--score", "entropy_rms", "entropy_rms_raw", "learned"])
     printed = capsys.readouterr().out
     results = json.loads((folder / "quality.json").read_text())
     assert results.keys() == {"label", "label_test_inter", "noise", "simulated", "invariance", "findings"}
@@ -507,7 +527,9 @@ def test_command_on_real_recordings(tmp_path, monkeypatch, capsys, real_sprsound
     assert results["invariance"]["entropy_rms_raw"]["through 8 kHz"]["mean"] < 1e-3  # the rate that they had
     assert results["noise"]["entropy_rms_raw"]["white"]["spearman"] < -0.9  # noise is what entropy tells
     assert "| `entropy_rms_raw` |" in printed
-    for name in ("quality_label.png", "quality_noise.png", "quality_recordings_entropy_rms.png"):
+    assert results["label"]["learned"]["calibration"].keys() == {"brier", "brier_constant", "ece", "bins"}
+    assert results["invariance"]["learned"]["gain -10 dB"]["mean"] < 0.01
+    for name in ("quality_label.png", "quality_noise.png", "quality_recordings_learned.png"):
         assert (folder / name).stat().st_size < 400_000
 
 
@@ -541,3 +563,22 @@ def test_labels_can_be_predicted_for_other_children(real_sprsound):
     )  # 0.92 was had from a like set of statistics
     assert found["calibration"]["brier"] < found["calibration"]["brier_constant"]
     assert found["calibration"]["ece"] < 0.05
+
+
+@pytest.mark.slow
+def test_the_learned_score_tells_other_childrens_recordings(real_sprsound):
+    recordings = load("sprsound", str(real_sprsound))["train"]
+    chosen = np.concatenate([choose(recordings, recordings.poor, 130), choose(recordings, ~recordings.poor, 260)])
+    learned, children = SCORES["learned"], recordings.patients[chosen]
+    unseen = np.isin(children, np.unique(children)[::4])
+    waveforms, usable = [recordings.waveforms[index] for index in chosen], ~recordings.poor[chosen]
+    levels = [learned.measure(waveform) for waveform in waveforms]
+
+    def of(items, which):
+        return [item for item, taken in zip(items, which, strict=True) if taken]
+
+    predict = learned.fit(of(waveforms, ~unseen), of(levels, ~unseen), usable[~unseen], children[~unseen])
+    found = predict(of(levels, unseen))
+    assert roc_auc_score(usable[unseen], found) > 0.85
+    about = calibration(found[None], usable[unseen])
+    assert about["brier"] < 0.8 * about["brier_constant"]

@@ -1,27 +1,34 @@
 """Fitting the learned quality score, on sounds whose quality is known."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from torch import nn
+from torch import Tensor, nn
 
 from modeling_qlung.quality_qlung import LEVEL_BANDS, learned_quality, quality_levels
+from modeling_qlung.training import quality
 from modeling_qlung.training.quality import (
+    ASIDE,
+    CHANNELS,
     COPIES,
     COPY_SHARES,
     CROP,
     OWN_NOISE,
     SPOILED,
+    Examples,
     QualityNetwork,
+    ceiling,
     collect,
     fit,
     fit_learned,
     fit_reasons,
     make_copies,
+    print_ceiling,
     train,
     write,
 )
@@ -128,6 +135,51 @@ def test_the_form_that_is_refitted_in_folds_is_the_same_fit(recordings, fitted):
     levels = [quality_levels(waveform) for waveform in waveforms]
     scores = fit_learned(waveforms, levels, usable, patients)(levels[:5])
     assert scores.tolist() == [learned_quality(one, fitted[0]) for one in levels[:5]]
+
+
+class Remembering:
+    """In the place of `train`: "networks" that give 1 for recordings of patients they were fitted on, else 0."""
+
+    def __init__(self) -> None:
+        self.fitted: list[tuple[int, set[int]]] = []  # channels, and patients whose number their levels are
+
+    def __call__(self, examples: Examples, seed: int = 0, channels: int = CHANNELS) -> Callable[[Tensor], Tensor]:
+        known = {int(number) for number in examples.levels[:, 0, 0, 0]}
+        self.fitted.append((channels, known))
+        return lambda levels: torch.tensor(float(int(levels[0, 0, 0]) in known))
+
+
+def test_the_ceiling_is_of_children_not_fitted_on_and_of_those_put_aside(monkeypatch: pytest.MonkeyPatch):
+    patients = np.repeat(np.arange(ASIDE + 20), 3)
+    usable = np.tile([True, True, False], ASIDE + 20)
+    copies = [[torch.full((LEVEL_BANDS, 20), float(patient)).half()] * len(COPIES) for patient in patients]
+    remembering = Remembering()
+    monkeypatch.setattr(quality, "train", remembering)
+    rows = list(ceiling(copies, usable, patients))
+    assert [numbers for _, numbers, _ in rows] == [749, 1977, 5873, 19425, *[1977] * 4]
+    assert all(np.nanmax(logits) == 0 for *_, logits in rows)  # nobody scored was known
+    scored = [set(patients[~np.isnan(logits)].tolist()) for *_, logits in rows]
+    assert all(children == scored[0] for children in scored[:-1])
+    assert len(scored[0]) == 20
+    assert len(scored[-1]) == ASIDE
+    assert not scored[0] & scored[-1]
+    assert all(not known & scored[-1] for _, known in remembering.fitted)
+    assert [len(known) for _, known in remembering.fitted[::5]] == [16, 16, 16, 16, 4, 8, 12, 20]
+    assert [channels for channels, _ in remembering.fitted[::5]] == [4, 8, 16, 32, 8, 8, 8, 8]
+
+
+def test_the_ceiling_is_printed_as_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    usable, patients = np.tile([True, False], 20), np.arange(40) // 2
+
+    def rows(*_: object) -> list[tuple[str, int, np.ndarray]]:
+        return [("all", 7, np.where(usable, 2.0, -1.0)), ("half", 7, np.where(patients < 10, 0.0, np.nan))]
+
+    monkeypatch.setattr(quality, "ceiling", rows)
+    print_ceiling([], usable, patients)
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| all | 7 | 40, 20 | 1.000 | 1.000 to 1.000 |",
+        "| half | 7 | 20, 10 | 0.500 | 0.500 to 0.500 |",
+    ]
 
 
 def test_thresholds_lie_between_good_recordings_and_their_degraded_copies():
