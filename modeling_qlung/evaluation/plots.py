@@ -371,7 +371,7 @@ def plot_attention(
 
     Args:
         features: (frames, mel bands) of the model's feature extractor.
-        attention: (time patches, frequency patches) of `inspection.attention_map`.
+        attention: (time patches, frequency patches) of `inference.attention_map`.
         path: image file to write.
         title: stands above; name the cycle, its class and what was predicted.
         patch_size: side of a patch, in frames and bands; like the strides, of the encoder's configuration.

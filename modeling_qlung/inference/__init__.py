@@ -1,6 +1,21 @@
 """Reading, resampling and classifying recordings outside of training."""
 
-from .audio import read_audio, resample
+from .analysis import Analysis, Span
+from .analyzer import LungSoundAnalyzer
+from .attention import attention_map
+from .audio import open_audio, read_audio, resample, resample_blocks
+from .operating_points import OperatingPoints
 from .precision import fastest_dtype
 
-__all__ = ["fastest_dtype", "read_audio", "resample"]
+__all__ = [
+    "Analysis",
+    "LungSoundAnalyzer",
+    "OperatingPoints",
+    "Span",
+    "attention_map",
+    "fastest_dtype",
+    "open_audio",
+    "read_audio",
+    "resample",
+    "resample_blocks",
+]

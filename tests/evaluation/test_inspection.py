@@ -4,7 +4,8 @@ import torch
 from transformers import ClapAudioConfig
 
 from modeling_qlung import QLungConfig, QLungFeatureExtractor, QLungModel
-from modeling_qlung.evaluation.inspection import attention_map, embeddings
+from modeling_qlung.evaluation.inspection import embeddings
+from modeling_qlung.inference import attention_map
 from tests.training.small_training import cycles, small_model
 
 EXTRACTOR = QLungFeatureExtractor(duration=0.5)

@@ -13,7 +13,8 @@ from transformers import TrainerControl, TrainerState
 
 from modeling_qlung import QLungFeatureExtractor, QLungForAudioClassification
 from modeling_qlung.evaluation.flatness import measure_flatness
-from modeling_qlung.evaluation.inspection import attention_map, embeddings
+from modeling_qlung.evaluation.inspection import embeddings
+from modeling_qlung.inference import attention_map
 from modeling_qlung.training.augmentation import SpecAugment
 from modeling_qlung.training.data import CycleCollator, assign_buckets, fit_normalization
 from modeling_qlung.training.losses import CrossEntropyLoss
