@@ -70,7 +70,14 @@ from modeling_qlung.training.arguments import (
 )
 from modeling_qlung.training.as_published import cut_recordings
 from modeling_qlung.training.build import build_trainer, fit_extractor
-from modeling_qlung.training.data import add_degraded_copies, count_classes, decode_cycles, row_id, score_quality
+from modeling_qlung.training.data import (
+    add_degraded_copies,
+    count_classes,
+    cut_windows,
+    decode_cycles,
+    row_id,
+    score_quality,
+)
 from modeling_qlung.training.grid import GridRun, expand_rows, launcher_variables, run_grid
 from modeling_qlung.training.hub import repository_name, run_files
 from modeling_qlung.training.losses import CrossEntropyLoss
@@ -167,52 +174,62 @@ class Data:
         raise SystemExit(f"--select_on {select_on}: choose validation, last, or of the test splits {list(self.tests)}.")
 
 
+def load_rows(args: DataArguments | EvaluationArguments, dataset: str, config: str) -> dict[str, Dataset]:
+    """Load a dataset's splits as its builder gives them."""
+    options: dict[str, Any] = {}
+    if args.continuous_as_wheeze and dataset == "sprsound":
+        options["continuous_as_wheeze"] = True
+    if isinstance(args, DataArguments) and dataset == "simulated":
+        options["train_patients"] = args.simulated_patients
+    return hf_datasets.load(
+        dataset,
+        args.data_dir if dataset != "simulated" else None,
+        config,
+        allow_missing_audio=args.allow_missing_audio,
+        cache_dir=args.cache_dir,
+        **options,
+    )
+
+
 def load_splits(
     args: DataArguments | EvaluationArguments,
     dataset: str,
     sampling_rate: int,
     task: Task,
     left_out: str | None = None,
-    **options: Any,
 ) -> tuple[dict[str, Dataset], str | None]:
     """Load and decode a dataset's splits but the one left out; gives them, and what of the dataset was not there."""
-    if args.continuous_as_wheeze and dataset == "sprsound":
-        options["continuous_as_wheeze"] = True
     published = "preparation" in (args.as_published or ())
-    splits = hf_datasets.load(
-        dataset,
-        args.data_dir if dataset != "simulated" else None,
-        "recordings" if published else task.config,
-        allow_missing_audio=args.allow_missing_audio,
-        cache_dir=args.cache_dir,
-        **options,
-    )
+    splits = load_rows(args, dataset, "recordings" if published or args.windows else task.config)
     missing = next(iter(splits.values())).info.description or None
     splits = {name: split for name, split in splits.items() if name != left_out}
+    if args.windows:
+        return {name: cut_windows(split, sampling_rate, args.windows) for name, split in splits.items()}, missing
     if published:
         splits = {name: cut_recordings(split, sampling_rate) for name, split in splits.items()}
     return {name: decode_cycles(split, sampling_rate, task) for name, split in splits.items()}, missing
 
 
-def load_part(args: DataArguments | EvaluationArguments, name: str, sampling_rate: int, task: Task) -> Dataset:
-    """Load and decode what `DATASET:SPLIT` names.
+def load_part(
+    args: DataArguments | EvaluationArguments, name: str, sampling_rate: int, task: Task
+) -> tuple[Dataset, str | None]:
+    """Load and decode what `DATASET:SPLIT` names; gives it, and what of the dataset was not there.
 
     Raises:
         ValueError: there is no such dataset or split.
     """
     dataset, _, split = name.partition(":")
-    splits, _ = load_splits(args, dataset, sampling_rate, task)
+    splits, missing = load_splits(args, dataset, sampling_rate, task)
     if split not in splits:
         raise ValueError(f"{dataset} has no split {split!r} here, only {', '.join(splits)}")
-    return splits[split]
+    return splits[split], missing
 
 
 def load_data(args: DataArguments, seed: int, sampling_rate: int) -> Data:
     """Load, decode and split; the validation patients depend on the seed."""
     task = TASKS[args.task]
-    options = {"train_patients": args.simulated_patients} if args.dataset == "simulated" else {}
     left_out = None if args.train_parquet is None else "train"
-    tests, missing = load_splits(args, args.dataset, sampling_rate, task, left_out, **options)
+    tests, missing = load_splits(args, args.dataset, sampling_rate, task, left_out)
     if args.train_parquet is not None:
         stream = ParquetCycles(args.train_parquet, sampling_rate, task, args.cache_dir)
         return Data(stream.sample(), stream, stream.validation(), tests, load_elsewhere(args, sampling_rate), missing)
@@ -225,6 +242,12 @@ def load_data(args: DataArguments, seed: int, sampling_rate: int) -> Data:
         in_fold = np.array(together["fold"][:]) == args.fold
         train = together.select(np.flatnonzero(~in_fold))
         tests = {"test": together.select(np.flatnonzero(in_fold))}
+    for name in args.also_train or ():
+        more, lacking = load_part(args, name, sampling_rate, task)
+        if shared := sorted(set(train["patient_id"][:]) & set(more["patient_id"][:])):
+            raise ValueError(f"{args.dataset} and {name} have patients of one name: {', '.join(shared[:5])}")
+        train = join([train, more])
+        missing = " ".join(filter(None, (missing, lacking))) or None
     labelled = np.flatnonzero([label is not None for label in train["label"][:]])
     if unlabelled := len(train) - len(labelled):
         logger.warning("%d of %d training %s have no label and are not used.", unlabelled, len(train), task.config)
@@ -238,12 +261,19 @@ def load_data(args: DataArguments, seed: int, sampling_rate: int) -> Data:
     return Data(train, None, validation, tests, load_elsewhere(args, sampling_rate), missing)
 
 
+def join(parts: Sequence[Dataset]) -> Dataset:
+    """Put decoded cycles together, with the columns that all of them have."""
+    columns = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
+    together = concatenate_datasets([part.select_columns(columns).with_format(None) for part in parts])
+    return together.with_format("numpy", columns=["waveform"], output_all_columns=True)
+
+
 def load_elsewhere(args: DataArguments, sampling_rate: int) -> dict[str, Dataset]:
     """Load and decode what is tested on beside the dataset's own tests, as far as it is there."""
     elsewhere = {}
     for name in args.also_test or ():
         try:
-            elsewhere[name] = load_part(args, name, sampling_rate, TASKS[args.task])
+            elsewhere[name], _ = load_part(args, name, sampling_rate, TASKS[args.task])
         except (OSError, ValueError) as error:  # a row's other dataset may not be at hand
             logger.warning("--also_test %s is left out: %s", name, error)
     return elsewhere
@@ -431,7 +461,7 @@ def describe(
         source=told.get("source"),
         published={} if data.missing else told.get("published", {}),
         options=options,
-        dataset=dataset,
+        datasets=[dataset, *(name.partition(":")[0] for name in options.get("also_train", ()))],
         task=task,
         counts={
             "train": data.training_counts(task),
@@ -476,12 +506,12 @@ def quality_facts(extractor: QLungFeatureExtractor) -> dict[str, Any]:
 
 def draw_run(run_dir: Path, description: RunDescription, train: Dataset, trainer: QLungTrainer) -> dict[str, str]:
     """Draw a run's confusions, abstention, training curves and quality; gives the figures' names by their captions."""
-    figures, classes = {}, description.task.classes
+    figures, classes, dataset = {}, description.task.classes, " and ".join(description.datasets)
     predictions = read_predictions(run_dir / PREDICTIONS)
     for name, scores in description.metrics.items():
         file = f"confusion_matrix_{name.replace(':', '_')}.png"
         figures[f"Confusion matrix, {name}"] = file
-        title = f"{description.recipe}, {name if ':' in name else f'{description.dataset} {name}'}"
+        title = f"{description.recipe}, {name if ':' in name else f'{dataset} {name}'}"
         plot_confusion_matrix(scores["confusion_matrix"], classes, run_dir / file, title)
         answers = predictions[predictions["split"].eq(name) & predictions["label"].notna()]
         if len(answers):
@@ -493,7 +523,7 @@ def draw_run(run_dir: Path, description: RunDescription, train: Dataset, trainer
         plot_training_curves(history, run_dir / "training_curves.png", description.task)
     if description.quality is not None:
         figures["Quality score of the training cycles"] = "quality.png"
-        quality, title = score_quality(trainer.feature_extractor, train), f"{description.dataset}, training cycles"
+        quality, title = score_quality(trainer.feature_extractor, train), f"{dataset}, training cycles"
         plot_quality_histogram(quality, train["label"][:], classes, run_dir / "quality.png", title)
     return figures
 
@@ -569,7 +599,7 @@ def evaluate(argv: list[str]) -> None:
         task = task_of(model.config.id2label.values())
         trainer = QLungTrainer(model, training, loss=CrossEntropyLoss(), feature_extractor=extractor, task=task)
         with training.main_process_first(desc="reading the data"):
-            parts = {part: load_part(args, part, extractor.sampling_rate, task) for part in args.on}
+            parts = {part: load_part(args, part, extractor.sampling_rate, task)[0] for part in args.on}
     except (OSError, ValueError) as error:
         raise SystemExit(f"train.py: error: {as_options(error)}") from error
     rows = [row for part, cycles in parts.items() for row in predict(trainer, part, cycles)]
@@ -592,6 +622,7 @@ def prepare_as_trained(args: EvaluationArguments) -> None:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         args.as_published = options.get("as_published")
         args.continuous_as_wheeze = options.get("continuous_as_wheeze", False)
+        args.windows = options.get("windows")
 
 
 def benchmark(argv: list[str]) -> None:

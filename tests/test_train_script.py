@@ -269,11 +269,11 @@ def number_of_items(annotation: Path, task) -> int:
     return 1 if task.config == "recordings" else len(json.loads(annotation.read_text())["event_annotation"])
 
 
-def options_of_few_steps(recipe, data: dict[str, Path], pretrained: Path) -> list[str]:
+def options_of_few_steps(recipe, data_dir: Path, pretrained: Path) -> list[str]:
     """Four steps of a recipe as it is, on what is at hand."""
     _, (args, model, method, _) = parse([recipe])
     options = ["--max_steps=4", "--disable_tqdm=true", "--allow_missing_audio=true", "--per_device_eval_batch_size=16"]
-    options += ["--simulated_patients=20"] if args.dataset == "simulated" else [f"--data_dir={data[args.dataset]}"]
+    options += ["--simulated_patients=20"] if args.dataset == "simulated" else [f"--data_dir={data_dir}"]
     if args.dataset == "icbhi" and method.select_on == "validation":
         options += ["--select_on=last"]  # so few patients leave too little to choose by
     if args.dataset != "simulated" and method.select_on != "test":
@@ -303,14 +303,21 @@ def some_of_sprsound(real_sprsound, tmp_path_factory):
     return folder.parent
 
 
+@pytest.fixture(scope="session")
+def both(real_icbhi, some_of_sprsound, tmp_path_factory):
+    """One folder with both datasets."""
+    folder = tmp_path_factory.mktemp("both")
+    for path in (*real_icbhi.iterdir(), *some_of_sprsound.iterdir()):
+        (folder / path.name).symlink_to(path)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", recipe_names())
-def test_every_recipe_takes_real_steps(
-    recipe, real_icbhi, some_of_sprsound, pretrained, shared_cache, tmp_path, capsys
-):
+def test_every_recipe_takes_real_steps(recipe, both, some_of_sprsound, pretrained, shared_cache, tmp_path, capsys):
     """On real recordings, with weights of narrow encoders in the pretrained ones' shape."""
-    run_dir, data = tmp_path / "run", {"icbhi": real_icbhi, "sprsound": some_of_sprsound}
-    options = options_of_few_steps(recipe, data, pretrained)
+    run_dir = tmp_path / "run"
+    options = options_of_few_steps(recipe, both, pretrained)
     train_script.main([recipe, *options, f"--output_dir={run_dir}", f"--cache_dir={shared_cache}"])
     assert f"\n{recipe}, 1 run, in {run_dir}\n" in capsys.readouterr().out
     _, (args, model, method, _) = parse([recipe])
@@ -327,8 +334,9 @@ def test_every_recipe_takes_real_steps(
     if args.dataset == "sprsound":
         intra = scores["test_intra"]
         items = sum(intra["support"].values()) + intra["unlabelled"]
-        assert items == sum(number_of_items(path, task) for path in some_of_sprsound.rglob("intra_test_json/*.json"))
-        assert intra["unlabelled"] == 0 or args.task == "4-class"
+        annotated = sum(number_of_items(path, task) for path in some_of_sprsound.rglob("intra_test_json/*.json"))
+        assert items == annotated or args.windows
+        assert intra["unlabelled"] == 0 or (args.task == "4-class" and not args.windows)
     if model.encoder is not None:
         assert "fine-tuned from `" in card
     for file in [path for path in run_dir.rglob("*") if path.is_file()]:
@@ -357,12 +365,25 @@ def test_folds_are_respirenets_and_cover_every_cycle_once(real_icbhi, pretrained
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_scored_on_any_dataset(real_icbhi, some_of_sprsound, shared_cache, tmp_path):
+def test_windows_of_two_datasets_are_trained_on_and_no_validation_patient_is(both, shared_cache):
+    options = [f"--data_dir={both}", "--allow_missing_audio=true", f"--cache_dir={shared_cache}"]
+    _, (arguments, *_) = parse(["breath-small", *options])
+    data = train_script.load_data(arguments, seed=3, sampling_rate=16000)
+    rows = data.train.remove_columns("waveform").to_pandas()
+    kept_apart = set(data.validation["patient_id"][:])
+    assert not kept_apart & set(rows["patient_id"])
+    for patients in (kept_apart, set(rows["patient_id"])):
+        assert {len(patient) for patient in patients} == {3, 8}, "ICBHI's names have 3 digits, SPRSound's have 8"
+    assert "864 of 920 recordings lack" in data.missing
+    assert list(data.held_out) == ["validation", "test_intra", "icbhi:test"]
+    assert rows["label"].isin(range(4)).all()
+    assert all(len(window) == 32000 for window in data.validation["waveform"][:100])
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_scored_on_any_dataset(both, shared_cache, tmp_path):
     """Out of distribution; by its own run, and afterwards with the preparation that it was trained with."""
-    both, run_dir, out = tmp_path / "both", tmp_path / "runs" / "own", tmp_path / "scores"
-    both.mkdir()
-    for path in (*real_icbhi.iterdir(), *some_of_sprsound.iterdir()):
-        (both / path.name).symlink_to(path)
+    run_dir, out = tmp_path / "runs" / "own", tmp_path / "scores"
     shared = [f"--data_dir={both}", "--allow_missing_audio=true"]
     own = train(
         shared_cache, "quickstart", *TINY, "--num_train_epochs=1", "--as_published", "preparation", *shared,

@@ -1,13 +1,14 @@
 """The model card of a run: what a reader of the Hub needs to use, judge and repeat it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from ..inference import OperatingPoints
 from .report import format_interval, format_mean_sd
 from .tasks import FOUR_CLASS, Task
 
@@ -22,7 +23,7 @@ class RunDescription:
         description: what the recipe is, in a sentence.
         source: paper and table row that the recipe follows, None where nothing published corresponds to it.
         options: options of the run that differ from the defaults of `train.py`.
-        dataset: "icbhi", "sprsound" or "simulated".
+        datasets: what was trained on, of "icbhi", "sprsound" and "simulated"; the tests are those of the first.
         counts: {split: {class: cycles}} of the data used, training and validation parts included.
         metrics: {split: scores} as `report.score_predictions` returns them; another dataset's split is called
             `DATASET:SPLIT`.
@@ -51,7 +52,7 @@ class RunDescription:
     description: str
     source: str | None
     options: Mapping[str, Any]
-    dataset: str
+    datasets: Sequence[str]
     counts: Mapping[str, Mapping[str, int]]
     metrics: Mapping[str, Mapping[str, Any]]
     selection: str
@@ -72,9 +73,26 @@ class RunDescription:
     repo_id: str = "path/to/this/folder"
 
     def __post_init__(self) -> None:
-        for name, value, known in (("dataset", self.dataset, _DATASETS), ("selection", self.selection, _SELECTION)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}: the card knows {', '.join(known)}")
+        for dataset in self.datasets:
+            if dataset not in _DATASETS:
+                raise ValueError(f"dataset is {dataset!r}: the card knows {', '.join(_DATASETS)}")
+        if self.selection not in _SELECTION:
+            raise ValueError(f"selection is {self.selection!r}: the card knows {', '.join(_SELECTION)}")
+
+    @property
+    def windows(self) -> float | None:
+        """Length in seconds of the windows that were classified, None where it was cycles or recordings."""
+        return self.options.get("windows")
+
+    @property
+    def unit(self) -> str:
+        """What was classified: "cycles", "recordings" or "windows"."""
+        return "windows" if self.windows else self.task.config
+
+    @property
+    def trained_on(self) -> list["_Dataset"]:
+        """What is known of each of the datasets."""
+        return [_DATASETS[dataset] for dataset in self.datasets]
 
 
 @dataclass(frozen=True)
@@ -116,6 +134,17 @@ _SELECTION = {
     "comparable only with numbers chosen the same way.**",
 }
 
+_CLASSIFIED = {
+    "cycles": "single respiratory cycle",
+    "recordings": "whole recording",
+    "windows": "{:g} s window",
+}
+_EXPECTED = {
+    "cycles": "one respiratory cycle cut out by hand",
+    "recordings": "one whole recording",
+    "windows": "any {:g} s of a recording; give longer ones to `LungSoundAnalyzer`, which slides over them",
+}
+
 _FEW_PATIENTS = 10  # a percentile bootstrap over fewer clusters undercovers
 
 _CITATION = """\
@@ -145,12 +174,32 @@ def build_model_card(run: RunDescription) -> str:
         "Recipe": _recipe(run),
         "Recording quality": _quality(run),
         "Intended use and limits": _limits(run),
-        "Licence": f"Code and weights: Apache-2.0. Data: {_DATASETS[run.dataset].terms}. No recording is part of this "
-        "repository.",
-        "Citation": f"```bibtex\n{_CITATION}\n```\n\nData: {_DATASETS[run.dataset].reference}.",
+        "Licence": f"Code and weights: Apache-2.0. Data: {'; '.join(data.terms for data in run.trained_on)}. No "
+        "recording is part of this repository.",
+        "Citation": f"```bibtex\n{_CITATION}\n```\n\nData: {'; '.join(data.reference for data in run.trained_on)}.",
     }
     body = "\n\n".join(f"## {title}\n\n{text}" if title else text for title, text in sections.items())
     return f"---\n{_header(run).to_yaml()}\n---\n\n{body}\n"
+
+
+def describe_operating_points(points: OperatingPoints) -> str:
+    """Write the card's section on whole recordings."""
+    rates = points.at(points.threshold)
+    counts = {"recordings": points.recordings, "cycles": points.cycles}
+    rows = [
+        f"| {unit} | {counts[unit]['abnormal']:,} | {counts[unit]['normal']:,} | {100 * of['sensitivity']:.1f} "
+        f"| {100 * of['specificity']:.1f} |"
+        for unit, of in rates.items()
+    ]
+    table = "\n".join(["| | abnormal | normal | Se % | Sp % |", "|---|---:|---:|---:|---:|", *rows])
+    return (
+        "## In whole recordings\n\n"
+        f"`LungSoundAnalyzer` slides windows of {points.window:g} s over a recording, {points.hop:g} s apart, and "
+        f"marks what reaches P(abnormal) = {points.threshold:g}. {points.about} There are "
+        f"{_plural(points.patients, 'patient')}; a recording counts as found where anything is marked in it, a cycle "
+        "or event where half of it is. The threshold was chosen on these recordings:"
+        f"\n\n{table}\n\n`operating_points.json` holds the same for every threshold."
+    )
 
 
 def _header(run: RunDescription) -> ModelCardData:
@@ -159,14 +208,16 @@ def _header(run: RunDescription) -> ModelCardData:
             task_type="audio-classification",
             task_name="Respiratory sound classification",
             dataset_type=dataset,
-            dataset_name=_DATASETS[dataset].title,
+            dataset_name=" and ".join(data.title for data in run.trained_on)
+            if name == "validation"
+            else _DATASETS[dataset].title,
             dataset_split=split,
             metric_type=score,
             metric_name=title,
             metric_value=round(scores[score], 2),
         )
         for name, scores in run.metrics.items()
-        for dataset, split in [name.split(":") if ":" in name else (run.dataset, name)]
+        for dataset, split in [name.split(":") if ":" in name else (run.datasets[0], name)]
         for score, title in run.task.titles.items()
         if scores[score] is not None
     ]
@@ -174,7 +225,7 @@ def _header(run: RunDescription) -> ModelCardData:
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="audio-classification",
-        tags=["qlung", "respiratory-sounds", "lung-sounds", run.dataset],
+        tags=["qlung", "respiratory-sounds", "lung-sounds", *run.datasets],
         base_model=run.base_model,
         model_name=run.model_name,
         eval_results=results or None,
@@ -182,11 +233,11 @@ def _header(run: RunDescription) -> ModelCardData:
 
 
 def _summary(run: RunDescription) -> str:
-    data = _DATASETS[run.dataset]
+    trained_on = " and ".join(f"{data.title} ({data.population})" for data in run.trained_on)
     return (
-        f"A classifier of {'single respiratory cycles' if run.task.config == 'cycles' else 'whole recordings'}: "
+        f"A classifier of {_CLASSIFIED[run.unit].format(run.windows)}s: "
         f"{', '.join(run.task.classes[:-1])} or {run.task.classes[-1]}. "
-        f"Trained on {data.title} ({data.population}) with the recipe `{run.recipe}`: {run.description}\n\n"
+        f"Trained on {trained_on} with the recipe `{run.recipe}`: {run.description}\n\n"
         "**For research. Not a medical device.**"
     )
 
@@ -195,7 +246,7 @@ def _usage(run: RunDescription) -> str:
     kilohertz = f"{run.sampling_rate / 1000:g}"
     return f"""\
 `torch` and `transformers` are enough (`soundfile` only reads the file here). The waveform is one
-{"respiratory cycle" if run.task.config == "cycles" else "recording"}, mono, at {kilohertz} kHz.
+{_CLASSIFIED[run.unit].format(run.windows)}, mono, at {kilohertz} kHz.
 
 ```python
 import soundfile
@@ -206,7 +257,7 @@ repo = "{run.repo_id}"
 extractor = AutoFeatureExtractor.from_pretrained(repo, trust_remote_code=True)
 model = AutoModelForAudioClassification.from_pretrained(repo, trust_remote_code=True).eval()
 
-waveform, rate = soundfile.read("{run.task.config.removesuffix("s")}_{kilohertz}khz.wav", dtype="float32")
+waveform, rate = soundfile.read("{run.unit.removesuffix("s")}_{kilohertz}khz.wav", dtype="float32")
 inputs = extractor(waveform, sampling_rate=rate, return_tensors="pt")
 with torch.no_grad():
     logits = model(**inputs).logits
@@ -249,7 +300,7 @@ def _published(run: RunDescription) -> list[str]:
 def _split_scores(run: RunDescription, split: str) -> str:
     scores, shared_patients = run.metrics[split], run.shared_patients.get(split, 0)
     items = sum(scores["support"].values())
-    header = f"### {split}: {items:,} {run.task.config} of {_plural(scores['patients'], 'patient')}"
+    header = f"### {split}: {items:,} {run.unit} of {_plural(scores['patients'], 'patient')}"
     rows = [
         f"| {title} | {format_mean_sd(scores[score], None)} | {format_interval(scores['ci95'][score])} |"
         for score, title in run.task.titles.items()
@@ -259,7 +310,7 @@ def _split_scores(run: RunDescription, split: str) -> str:
         for name, recall in scores["recall"].items()
     ]
     tables = ["\n".join(["| measure | % | 95 % interval |", "|---|---:|---:|", *rows])]
-    tables.append("\n".join([f"| class | {run.task.config} | recall % |", "|---|---:|---:|", *classes]))
+    tables.append("\n".join([f"| class | {run.unit} | recall % |", "|---|---:|---:|", *classes]))
     if scores["patients"] < _FEW_PATIENTS:
         tables.append(
             f"Fewer than {_FEW_PATIENTS} patients: the intervals are too narrow, or undefined (–). Do not rely on them."
@@ -270,7 +321,7 @@ def _split_scores(run: RunDescription, split: str) -> str:
             "as the official split has it: the scores say less about new patients."
         )
     if scores["unlabelled"]:
-        unlabelled = _plural(scores["unlabelled"], f"further {run.task.config.removesuffix('s')}")
+        unlabelled = _plural(scores["unlabelled"], f"further {run.unit.removesuffix('s')}")
         tables.append(f"{unlabelled} without one of these labels: not scored.")
     return "\n\n".join([header, *tables])
 
@@ -280,15 +331,15 @@ def _plural(number: int, noun: str) -> str:
 
 
 def _training_data(run: RunDescription) -> str:
-    data = _DATASETS[run.dataset]
+    trained_on = "; ".join(f"{data.title}: {data.population}" for data in run.trained_on)
     classes = list(dict.fromkeys(name for counts in run.counts.values() for name in counts))
     rows = [
         f"| {split} | " + " | ".join(f"{counts.get(name, 0):,}" for name in classes) + f" | {sum(counts.values()):,} |"
         for split, counts in run.counts.items()
     ]
     table = "\n".join([f"| part | {' | '.join(classes)} | all |", "|---|" + "---:|" * (len(classes) + 1), *rows])
-    missing = f"**Missing: {run.missing}**" if run.missing else "Nothing of the dataset was missing."
-    return f"{data.title}: {data.population}. {run.task.config.capitalize()}:\n\n{table}\n\n{missing}"
+    missing = f"**Missing: {run.missing}**" if run.missing else "Nothing of the data was missing."
+    return f"{trained_on}. {run.unit.capitalize()}:\n\n{table}\n\n{missing}"
 
 
 def _recipe(run: RunDescription) -> str:
@@ -326,9 +377,9 @@ def _limits(run: RunDescription) -> str:
 Made to compare methods on public benchmarks and to build research prototypes. It must not be used to diagnose, to
 triage or to reassure: it was never tested in care, and no regulator has seen it.
 
-- It was trained on {_DATASETS[run.dataset].population}. Expect other
+- It was trained on {"; and ".join(data.population for data in run.trained_on)}. Expect other
   scores on other people, stethoscopes and places.
-- It expects {"one respiratory cycle cut out by hand" if run.task.config == "cycles" else "one whole recording"}.
+- It expects {_EXPECTED[run.unit].format(run.windows)}.
   Speech, heart sounds, handling noise and wrong cuts were not taught as such, and there is no class for them.
 - Its probabilities are a softmax and are not calibrated.
 - The annotations are human judgements, with the disagreement that listeners have on crackles and wheezes."""

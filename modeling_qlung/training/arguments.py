@@ -14,7 +14,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from ..evaluation.tasks import TASKS
+from ..evaluation.tasks import FOUR_CLASS, TASKS
 from ..feature_extraction_qlung import QLungFeatureExtractor
 from .as_published import FAULTS
 from .losses import LOSSES
@@ -72,6 +72,17 @@ class DataArguments:
     simulated_patients: int = _option(20, "Simulated: number of training patients, each with 20 cycles.")
     validation_fraction: float | None = _option(
         None, "Share of training patients kept for validation. 0.2 where they choose the epoch, otherwise none."
+    )
+    also_train: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Train on more than the dataset's training part, each as DATASET:SPLIT, such as icbhi:train."
+        },
+    )
+    windows: float | None = _option(
+        None,
+        "Train and test on windows of so many seconds, cut out of whole recordings half a window apart, instead of on "
+        "cycles that somebody cut out: as a model meets them that listens to whole recordings.",
     )
     also_test: list[str] | None = field(
         default=None,
@@ -261,6 +272,7 @@ class EvaluationArguments:
         metadata={"help": "As in training; taken from the run's own recipe where it is beside the checkpoint."},
     )
     continuous_as_wheeze: bool = _option(False, "Likewise.")
+    windows: float | None = _option(None, "Likewise.")
     per_device_eval_batch_size: int = _option(32, "Cycles per device and batch.")
     output_dir: str | None = _option(None, "Where scores are written. Default: runs/evaluation-CHECKPOINT.")
     use_cpu: bool = _option(False, "Leave GPUs alone.")
@@ -457,7 +469,11 @@ def _settle_task(arguments: Arguments) -> None:
     data, _, method, _ = arguments
     if data.task not in TASKS:
         raise ValueError(f"there is no task {data.task!r}: choose one of {', '.join(TASKS)}")
+    _check_parts("also_train", data.also_train or ())
     _check_parts("also_test", data.also_test or ())
+    for part in data.also_train or ():
+        if part.partition(":")[0] == data.dataset or part in (data.also_test or ()):
+            raise ValueError(f"--also_train {part} is of the dataset that is trained on, or tested on: leave it out")
     if "position_grid" in (data.as_published or ()) and (arguments[1].encoder is None or data.front_end != "kaldi"):
         raise ValueError(
             "--as_published position_grid is about the positions of a pretrained AST: give one as --encoder"
@@ -476,8 +492,13 @@ def _settle_task(arguments: Arguments) -> None:
     if method.folds is not None and data.fold is not None:
         raise ValueError("--fold names one fold and --folds several: give one of the two")
     for fold in [*(method.folds or ()), *([] if data.fold is None else [data.fold])]:
-        if data.dataset != "icbhi" or not 0 <= fold < 5:
-            raise ValueError(f"--fold {fold}: there are the folds 0 to 4, of icbhi")
+        if data.dataset != "icbhi" or not 0 <= fold < 5 or data.also_train or data.windows:
+            raise ValueError(f"--fold {fold}: there are the folds 0 to 4, of the cycles of icbhi alone")
+    if data.windows is not None and (data.windows <= 0 or data.task != FOUR_CLASS.name or data.as_published):
+        raise ValueError(
+            f"--windows {data.windows}: give a positive length in seconds, for the task 4-class and without "
+            "--as_published"
+        )
 
 
 def _settle_durations(arguments: Arguments, typed: set[str]) -> None:
@@ -509,6 +530,8 @@ def _settle_stream(arguments: Arguments) -> None:
         "--sampling_power": (method.sampling_power, 0.0, "draws from all of them"),
         "--quality_control": (data.quality_control, "measured", "replaces the quality of all of them"),
         "--degraded_copies": (data.degraded_copies, 0.0, "chooses from all of them"),
+        "--also_train": (data.also_train, None, "adds rows to them"),
+        "--windows": (data.windows, None, "cuts recordings"),
         "--durations": (data.durations, None, "sorts all of them by length"),
         "--validation_fraction": (data.validation_fraction or None, None, "chooses from all patients"),
         "--fold": (data.fold if method.folds is None else method.folds, None, "chooses from all patients"),

@@ -15,7 +15,7 @@ from .. import quality_qlung
 from ..evaluation import noises
 from ..evaluation.tasks import FOUR_CLASS, Task
 from ..feature_extraction_qlung import QLungFeatureExtractor
-from ..inference import audio as recordings
+from ..inference import audio as recordings_audio
 from ..quality_qlung import entropy_and_rms, fit_statistics, quality_score
 
 UNLABELLED = -100  # the index that cross-entropy leaves out
@@ -46,7 +46,7 @@ def decode_cycles(dataset: Dataset, sampling_rate: int, task: Task = FOUR_CLASS)
     """
     classes = label_classes(dataset.features, task)
     # `datasets` knows a function by its name: after a change of the code it would serve what the old code gave.
-    code = [inspect.getsource(part) for part in (recordings, quality_qlung, decode_row)]
+    code = [inspect.getsource(part) for part in (recordings_audio, quality_qlung, decode_row)]
     dropped = [name for name in dataset.column_names if name not in KEPT_COLUMNS]
     kept = {name: dataset.features[name] for name in KEPT_COLUMNS if name in dataset.features}
     decoded = dataset.cast_column("audio", Audio(decode=False)).map(
@@ -78,10 +78,79 @@ def decode_row(
     row: Mapping[str, Any], sampling_rate: int, column: str, classes: Sequence[int | None]
 ) -> dict[str, Any]:
     """Decode one row's `audio` bytes: gives its `waveform`, `entropy` and `rms`, and the `label` of its `column`."""
-    waveform = recordings.read_audio(row["audio"]["bytes"], sampling_rate)
+    waveform = recordings_audio.read_audio(row["audio"]["bytes"], sampling_rate)
     entropy, rms = entropy_and_rms(waveform, sampling_rate)
     label = None if row[column] is None else classes[row[column]]
     return {"waveform": waveform, "entropy": entropy, "rms": rms, "label": label}
+
+
+def cut_windows(recordings: Dataset, sampling_rate: int, seconds: float) -> Dataset:
+    """Cut whole recordings into windows, each half of one after the other, labelled by what was annotated within them.
+
+    A window is abnormal where it shares at least half of the shorter of the two with an abnormal cycle or event; it is
+    normal where it touches none. What lies between, and what touches an event without one of the four labels, is left
+    out, and so are recordings without any annotation: nobody has listened for events in them.
+
+    Args:
+        recordings: rows of `hf_datasets.load(..., config="recordings")`.
+        sampling_rate: of the model, in Hz.
+        seconds: length of a window; shorter recordings are one window.
+
+    Returns:
+        Rows as `decode_cycles` gives them, numbered by `cycle_index`, under the recording's name with the window's
+        start.
+    """
+    code = [inspect.getsource(part) for part in (recordings_audio, quality_qlung, _cut_recording, _label_window)]
+    kept = {name: recordings.features[name] for name in KEPT_COLUMNS if name in recordings.features}
+    windows = recordings.cast_column("audio", Audio(decode=False)).map(
+        _cut_recording,
+        batched=True,
+        batch_size=1,
+        fn_kwargs={"sampling_rate": sampling_rate, "seconds": seconds},
+        remove_columns=recordings.column_names,
+        features=Features({**kept, "cycle_index": Value("int32"), **DECODED_FEATURES}),
+        desc="Cut windows",
+        new_fingerprint=Hasher.hash([recordings._fingerprint, sampling_rate, seconds, *code]),
+    )
+    return windows.with_format("numpy", columns=["waveform"], output_all_columns=True)
+
+
+def _cut_recording(batch: Mapping[str, list[Any]], sampling_rate: int, seconds: float) -> dict[str, list[Any]]:
+    """The windows of a batch of one recording."""
+    row = {name: values[0] for name, values in batch.items()}
+    waveform = recordings_audio.read_audio(row["audio"]["bytes"], sampling_rate)
+    length = min(len(waveform), round(seconds * sampling_rate))
+    columns: dict[str, list[Any]] = {name: [] for name in (*KEPT_COLUMNS, *DECODED_FEATURES) if name != "fold"}
+    if "fold" in row:
+        columns["fold"] = []
+    starts = range(0, len(waveform) - length + 1, max(1, length // 2)) if row["cycles"] else ()
+    for index, first in enumerate(starts):
+        start, window = first / sampling_rate, waveform[first : first + length]
+        label = _label_window(row["cycles"], start, (first + length) / sampling_rate)
+        if label is None:
+            continue
+        entropy, rms = entropy_and_rms(window, sampling_rate)
+        made = {"waveform": window, "entropy": entropy, "rms": rms, "label": label, "cycle_index": index}
+        made |= {"recording_id": f"{row['recording_id']}@{start:g}"}
+        for name, values in columns.items():
+            values.append(made[name] if name in made else row[name])
+    return columns
+
+
+def _label_window(cycles: Sequence[Mapping[str, Any]], start: float, end: float) -> int | None:
+    """The label of what was annotated between two times in seconds, None where that is not clear."""
+    crackle = wheeze = unclear = False
+    for cycle in cycles:
+        shared = min(end, cycle["end"]) - max(start, cycle["start"])
+        if shared <= 0:
+            continue
+        if cycle["label"] is None:
+            return None
+        if shared >= 0.5 * min(end - start, cycle["end"] - cycle["start"]):
+            crackle, wheeze = crackle or cycle["crackle"], wheeze or cycle["wheeze"]
+        else:
+            unclear = unclear or cycle["crackle"] or cycle["wheeze"]
+    return None if unclear and not (crackle or wheeze) else crackle + 2 * wheeze
 
 
 def fit_quality(feature_extractor: QLungFeatureExtractor, train: Dataset, normalization: str) -> None:

@@ -32,7 +32,7 @@ def run():
         description="The angular classifier with quality-adaptive margins.",
         source="QLung (Interspeech 2026), ablation, last row",
         options={"learning_rate": 5.0e-05, "output_dir": Path("runs/a"), "classes": (0, 1)},
-        dataset="icbhi",
+        datasets=["icbhi"],
         counts={"train": {"normal": 2063, "crackle": 1215, "wheeze": 501, "both": 363}, "test": SCORES["support"]},
         metrics={"test": SCORES},
         selection="validation",
@@ -131,9 +131,37 @@ def test_data_says_what_was_missing_and_what_its_terms_are(run):
     assert "**Missing: audio of 864 of the 920 recordings**" in card
     assert "| train | 2,063 | 1,215 | 501 | 363 | 4,142 |" in card
     assert "the ICBHI 2017 database is free for research" in card
-    assert "Nothing of the dataset was missing." in build_model_card(run)
-    assert "Creative Commons Attribution" in build_model_card(replace(run, dataset="sprsound"))
-    assert "no patient at all" in build_model_card(replace(run, dataset="simulated"))
+    assert "Nothing of the data was missing." in build_model_card(run)
+    assert "Creative Commons Attribution" in build_model_card(replace(run, datasets=["sprsound"]))
+    assert "no patient at all" in build_model_card(replace(run, datasets=["simulated"]))
+
+
+def test_a_model_of_two_datasets_names_both_and_whose_the_scores_are(run):
+    metrics = {"validation": SCORES, "test_intra": SCORES, "icbhi:test": SCORES}
+    card = build_model_card(replace(run, datasets=["sprsound", "icbhi"], metrics=metrics))
+    for told in (
+        "one hospital in Shanghai",
+        "126 patients of all ages",
+        "free for research",
+        "B. M. Rocha",
+        "Q. Zhang",
+    ):
+        assert told in card
+    names = {result.dataset_split: result.dataset_name for result in ModelCard(card).data.eval_results}
+    assert names == {
+        "validation": "SPRSound 2022 and ICBHI 2017",
+        "test_intra": "SPRSound 2022",
+        "test": "ICBHI 2017",
+    }
+
+
+def test_a_model_of_windows_says_how_long_they_are(run):
+    card = build_model_card(replace(run, options={"windows": 2.0}))
+    assert "A classifier of 2 s windows: normal, crackle" in card
+    assert 'soundfile.read("window_16khz.wav"' in card
+    assert "### test: 2,371 windows of 49 patients" in card
+    assert "It expects any 2 s of a recording" in card
+    assert "cycle" not in card.split("## Recording quality")[0].split("## Scores")[1].replace(run.task.definition, "")
 
 
 def test_optional_parts_are_left_out(run):
@@ -163,7 +191,7 @@ def test_limits_and_citations_are_there(run):
 
 def test_unknown_dataset_or_selection_is_refused(run):
     with pytest.raises(ValueError, match="dataset is 'coswara': the card knows icbhi, sprsound, simulated"):
-        replace(run, dataset="coswara")
+        replace(run, datasets=["coswara"])
     with pytest.raises(ValueError, match="selection is 'best': the card knows validation, last, test"):
         replace(run, selection="best")
 

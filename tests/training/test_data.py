@@ -16,6 +16,7 @@ from modeling_qlung.training.data import (
     CycleCollator,
     add_degraded_copies,
     control_quality,
+    cut_windows,
     decode_cycles,
     fit_normalization,
     fit_quality,
@@ -100,6 +101,67 @@ def test_degraded_copies_are_of_other_names_and_worse_and_the_rest_stays(simulat
     np.testing.assert_array_equal(again[25]["waveform"], more[25]["waveform"])
     other = add_degraded_copies(train, 0.5, 16000, seed=2)
     assert [row_id(row) for row in other] != [row_id(row) for row in more]
+
+
+def cycle(start, end, label):
+    return {"start": start, "end": end, "label": label, "crackle": label in (1, 3), "wheeze": label in (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("cycles", "label"),
+    [
+        ([], 0),
+        ([cycle(0.0, 4.0, 0)], 0),
+        ([cycle(2.5, 2.7, 1)], 1),  # a short event, all of it
+        ([cycle(1.0, 2.6, 1)], None),  # less than half of it
+        ([cycle(3.0, 5.0, 2)], 2),  # exactly half
+        ([cycle(1.0, 9.0, 3)], 3),  # all of the window
+        ([cycle(2.0, 2.5, 1), cycle(3.0, 3.5, 2)], 3),
+        ([cycle(2.0, 2.5, 1), cycle(3.8, 5.0, 2)], 1),
+        ([cycle(3.9, 5.0, None)], None),  # without one of the four labels
+        ([cycle(0.0, 2.0, 1), cycle(4.0, 6.0, 2)], 0),  # they only meet it
+    ],
+)
+def test_a_window_between_2_and_4_s_is_labelled_by_what_it_shares(cycles, label):
+    assert data._label_window(cycles, 2.0, 4.0) == label
+
+
+def test_windows_are_parts_of_annotated_recordings_half_a_window_apart(tmp_path):
+    recordings = hf_datasets.load(
+        "simulated",
+        config="recordings",
+        train_patients=1,
+        test_patients=1,
+        recordings_per_patient=4,
+        cache_dir=tmp_path,
+    )["train"]
+    windows = cut_windows(recordings, 16000, 2.0)
+    raw = recordings.data.column("audio").to_pylist()
+    covered = 0
+    for index, row in enumerate(recordings.remove_columns("audio")):
+        samples, rate = soundfile.read(io.BytesIO(raw[index]["bytes"]), dtype="float32")
+        whole = samples if rate == 16000 else soxr.resample(samples, rate, 16000)
+        for window in windows:
+            name, _, start = window["recording_id"].partition("@")
+            if name == row["recording_id"]:
+                first = int(float(start) * 16000)
+                assert first == 16000 * window["cycle_index"]
+                np.testing.assert_array_equal(window["waveform"], whole[first : first + 32000])
+                assert window["label"] == data._label_window(row["cycles"], first / 16000, first / 16000 + 2.0)
+                covered += 1
+    assert covered == len(windows) == len({row_id(window) for window in windows}) > 40
+    entropy, rms = entropy_and_rms(windows[0]["waveform"], 16000)
+    assert (windows[0]["entropy"], windows[0]["rms"]) == pytest.approx((entropy, rms))
+
+
+def test_nobody_listened_to_poor_recordings_for_events(real_sprsound, tmp_path):
+    recordings = hf_datasets.load("sprsound", real_sprsound, "recordings", "test_intra", cache_dir=tmp_path)
+    labels = np.array(recordings["record_label"][:])
+    poor = np.flatnonzero(labels == recordings.features["record_label"].str2int("Poor Quality"))
+    assert len(poor) == 2
+    assert len(cut_windows(recordings.select(poor), 16000, 2.0)) == 0
+    short = cut_windows(recordings.select(np.flatnonzero(labels == 0)[:3]), 16000, 60.0)
+    assert [row["cycle_index"] for row in short] == [0, 0, 0]  # each is shorter than a window
 
 
 def test_controls_of_quality_reach_the_training_cycles_alone(simulated):

@@ -17,8 +17,9 @@ import train as train_script
 from hf_datasets.hub import HubError, Repository
 from modeling_qlung import QLungFeatureExtractor, QLungForAudioClassification
 from modeling_qlung.evaluation.model_card import RunDescription
+from modeling_qlung.inference import LungSoundAnalyzer
 from modeling_qlung.training.arguments import parse
-from modeling_qlung.training.hub import repository_name, run_files
+from modeling_qlung.training.hub import main, repository_name, run_files
 from tests.encoders import TINY_AST
 from tests.hub_stand_in import TOKEN, HubStandIn, hub_stand_in, private_words
 from tests.test_train_script import TINY
@@ -66,6 +67,42 @@ def test_a_run_that_has_not_ended_is_not_published(run_dir, name):
     lacking = "the weights" if name.startswith("model") else name
     with pytest.raises(FileNotFoundError, match=f"it lacks {lacking}: run it to its end first"):
         run_files(run_dir, "me/lungs")
+
+
+def operating_points(rate: float) -> dict:
+    rates = {"sensitivity": [1.0, 0.0], "specificity": [0.0, rate]}
+    counts = {"abnormal": 1200, "normal": 3}
+    return {
+        "about": "Measured here.", "window": 1.5, "hop": 0.5, "threshold": 0.5, "quality_threshold": 0.3, "patients": 1,
+        "recordings": counts, "cycles": counts, "thresholds": [0.0, 1.0], "by_recording": rates, "by_cycle": rates,
+    }  # fmt: skip
+
+
+def test_a_run_in_half_precision_opens_as_float32_and_answers_alike(run_dir, tmp_path):
+    (run_dir / "operating_points.json").write_text(json.dumps(operating_points(1.0)))
+    folder = tmp_path / "space" / "model"
+    for _ in range(2):  # the second time in the place of the first
+        main([str(run_dir), str(folder)])
+    assert {path.name for path in folder.iterdir()} == set(run_files(run_dir, "model"))
+    whole, half = (path.joinpath("model.safetensors").stat().st_size for path in (run_dir, folder))
+    assert half < 0.6 * whole
+    before, after = (QLungForAudioClassification.from_pretrained(path) for path in (run_dir, folder))
+    assert {value.dtype for value in after.state_dict().values()} == {torch.float32}
+    extractor = QLungFeatureExtractor.from_pretrained(folder)
+    inputs = extractor(torch.randn(8000), sampling_rate=16000, return_tensors="pt")
+    torch.testing.assert_close(before.eval()(**inputs).logits, after.eval()(**inputs).logits, atol=2e-2, rtol=0)
+    card = (folder / "README.md").read_text()
+    assert 'repo = "space/model"' in card
+    assert "| recordings | 1,200 | 3 | 50.0 | 50.0 |" in card
+    assert "windows of 1.5 s" in card
+    assert LungSoundAnalyzer.from_pretrained(folder).window == 0.5, "no longer than the model's input"
+
+
+def test_what_is_no_run_is_neither_read_nor_overwritten(run_dir, tmp_path):
+    with pytest.raises(SystemExit, match="is there and is no published run: choose another"):
+        main([str(run_dir), str(tmp_path)])
+    with pytest.raises(SystemExit, match="is no run that has ended"):
+        main([str(tmp_path), str(tmp_path / "model")])
 
 
 def test_each_run_has_a_repository_of_its_own():

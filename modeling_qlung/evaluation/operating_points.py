@@ -1,0 +1,225 @@
+"""What a model finds in whole recordings: sensitivity and specificity at each threshold, on its validation patients.
+
+    python -m modeling_qlung.evaluation.operating_points RUN --data_dir FOLDER [--on DATASET:SPLIT ...]
+
+Scores of cycles that somebody cut out say little of what `LungSoundAnalyzer` finds, which slides windows over
+recordings where nobody has. This measures it on the recordings of the patients that the run kept apart, chooses the
+threshold there, and writes `operating_points.json` into the run's folder, where the analyzer finds it.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+import hf_datasets
+
+from ..inference import Analysis, LungSoundAnalyzer, OperatingPoints
+from ..inference.operating_points import FILE_NAME
+from .bootstrap import weighted_ci
+from .quality_measures import weighted_auroc
+from .report import format_interval, read_predictions, write_text
+
+THRESHOLDS = np.linspace(0, 1, 101)
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """
+    Items, and how abnormal a model finds them.
+
+    Args:
+        abnormal: (n,) P(abnormal): the largest threshold at which an item is called abnormal.
+        truth: (n,) bool: an abnormal sound was annotated.
+        patients: (n,) names.
+    """
+
+    abnormal: NDArray
+    truth: NDArray
+    patients: NDArray
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many there are of each."""
+        return {"abnormal": int(self.truth.sum()), "normal": int((~self.truth).sum())}
+
+    def rates(self, thresholds: NDArray) -> dict[str, list[float]]:
+        """Sensitivity and specificity at each of the thresholds, from which on an item is called abnormal."""
+        called = self.abnormal >= thresholds[:, None]
+        return {
+            "sensitivity": called[:, self.truth].mean(axis=1).tolist(),
+            "specificity": (~called[:, ~self.truth]).mean(axis=1).tolist(),
+        }
+
+    def best_threshold(self) -> float:
+        """The threshold with the largest mean of sensitivity and specificity, the middle one of several."""
+        rates = self.rates(THRESHOLDS)
+        mean = np.add(rates["sensitivity"], rates["specificity"])
+        best = np.flatnonzero(mean == mean.max())
+        return round(float(THRESHOLDS[best[len(best) // 2]]), 2)
+
+    def describe(self, threshold: float) -> str:
+        """AUROC, sensitivity and specificity in percent, with 95 % intervals from a bootstrap over patients."""
+        called = self.abnormal >= threshold
+        statistics: dict[str, Callable[[NDArray], NDArray]] = {
+            "AUROC": lambda weights: weighted_auroc(self.abnormal, self.truth, weights),
+            "sensitivity": lambda weights: _share(weights, called, self.truth),
+            "specificity": lambda weights: _share(weights, ~called, ~self.truth),
+        }
+        told = []
+        for name, statistic in statistics.items():
+            value = float(statistic(np.ones((1, len(self.truth))))[0])
+            interval = weighted_ci(self.patients, statistic)
+            bounds = None if interval is None else [100 * bound for bound in interval]
+            told.append(f"{name} {100 * value:.1f} ({format_interval(bounds)})")
+        return ", ".join(told)
+
+
+def _share(weights: NDArray, part: NDArray, whole: NDArray) -> NDArray:
+    """The weighted share of a part (n,) of a whole (n,) for each row of weights (resamples, n), NaN of nothing."""
+    total = (weights * whole).sum(axis=1)
+    return np.divide((weights * (part & whole)).sum(axis=1), total, out=np.full(len(total), np.nan), where=total > 0)
+
+
+def score_recordings(analyzer: LungSoundAnalyzer, recordings: datasets.Dataset) -> tuple[Scored, Scored]:
+    """Analyze recordings that somebody annotated.
+
+    Args:
+        analyzer: of the model.
+        recordings: rows of `hf_datasets.load(..., config="recordings")`. Left out are those without any annotation, and
+            those whose only findings have none of the four labels.
+
+    Returns:
+        The recordings, each called abnormal where anything is marked in it; and the annotated cycles or events within
+        them, each called abnormal where at least half of it is marked.
+    """
+    whole: list[tuple[float, bool, str]] = []
+    cycles: list[tuple[float, bool, str]] = []
+    for row in recordings.cast_column("audio", datasets.Audio(decode=False)):
+        labelled = [cycle for cycle in row["cycles"] if cycle["label"] is not None]
+        found = [bool(cycle["crackle"] or cycle["wheeze"]) for cycle in labelled]
+        if not row["cycles"] or (not any(found) and len(labelled) < len(row["cycles"])):
+            continue
+        analysis = analyzer(row["audio"]["bytes"])
+        whole.append((float(analysis.abnormal.max()), any(found), row["patient_id"]))
+        for cycle, abnormal in zip(labelled, found, strict=True):
+            cycles.append((_half(analysis, cycle["start"], cycle["end"]), abnormal, row["patient_id"]))
+    return _scored(whole), _scored(cycles)
+
+
+def _half(analysis: Analysis, start: float, end: float) -> float:
+    """The largest threshold at which at least half of the time from start to end is marked."""
+    shared = np.minimum(analysis.edges[:, 1], end) - np.maximum(analysis.edges[:, 0], start)
+    order = np.argsort(-analysis.abnormal, kind="stable")
+    marked = np.cumsum(shared.clip(0)[order])
+    return float(analysis.abnormal[order][np.searchsorted(marked, marked[-1] / 2)])
+
+
+def _scored(items: Sequence[tuple[float, bool, str]]) -> Scored:
+    abnormal, truth, patients = zip(*items, strict=True) if items else ((), (), ())
+    return Scored(np.array(abnormal), np.array(truth, dtype=bool), np.array(patients, dtype=str))
+
+
+def measure(
+    analyzer: LungSoundAnalyzer, recordings: datasets.Dataset, about: str
+) -> tuple[OperatingPoints, Scored, Scored]:
+    """Measure the thresholds on validation patients' recordings, and choose the one best for recordings.
+
+    Returns:
+        The operating points, and the scores of recordings and of cycles.
+
+    Raises:
+        ValueError: if there are no abnormal recordings or cycles, or no normal ones.
+    """
+    by_recording, by_cycle = score_recordings(analyzer, recordings)
+    for unit, scored in (("recordings", by_recording), ("cycles", by_cycle)):
+        if not all(scored.counts.values()):
+            raise ValueError(f"the validation patients have these {unit}: {scored.counts}; some of each are needed")
+    points = OperatingPoints(
+        about=about,
+        window=analyzer.window,
+        hop=analyzer.hop,
+        threshold=by_recording.best_threshold(),
+        quality_threshold=analyzer.quality_threshold,
+        patients=len(set(by_recording.patients)),
+        recordings=by_recording.counts,
+        cycles=by_cycle.counts,
+        thresholds=THRESHOLDS.round(2).tolist(),
+        by_recording=by_recording.rates(THRESHOLDS),
+        by_cycle=by_cycle.rates(THRESHOLDS),
+    )
+    return points, by_recording, by_cycle
+
+
+def load_recordings(parts: Sequence[str], data_dir: str | None, allow_missing_audio: bool) -> datasets.Dataset:
+    """Load the recordings of `DATASET:SPLIT` parts."""
+    loaded = []
+    for part in parts:
+        name, _, split = part.partition(":")
+        where = data_dir if name != "simulated" else None
+        loaded.append(hf_datasets.load(name, where, "recordings", split, allow_missing_audio=allow_missing_audio))
+    shared = [column for column in loaded[0].column_names if all(column in rows.column_names for rows in loaded)]
+    return datasets.concatenate_datasets([rows.select_columns(shared) for rows in loaded])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure a run's operating points on its validation patients, and write them beside its weights."""
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_qlung.evaluation.operating_points", description=main.__doc__
+    )
+    parser.add_argument("run", type=Path, help="folder of a run of train.py that kept validation patients apart")
+    parser.add_argument("--data_dir", help="folder that holds the datasets; left out: downloaded")
+    parser.add_argument("--on", nargs="*", default=[], help="report other recordings too, each as DATASET:SPLIT")
+    parser.add_argument("--window", type=float, default=2.0, help="length of a window, in s")
+    parser.add_argument("--hop", type=float, default=0.5, help="from one window to the next, in s")
+    parser.add_argument("--quality_threshold", type=float, default=0.5, help="below it, nothing is said")
+    parser.add_argument("--allow_missing_audio", action="store_true", help="work on the recordings that are there")
+    args = parser.parse_args(argv)
+    try:
+        options = yaml.safe_load((args.run / "recipe.yaml").read_text(encoding="utf-8"))
+        predictions = read_predictions(args.run / "predictions.parquet")
+    except FileNotFoundError as error:
+        raise SystemExit(f"{args.run} holds no run that has ended: {error}") from error
+    validation = predictions[predictions["split"] == "validation"]
+    if validation.empty:
+        raise SystemExit(f"{args.run} kept no validation patients apart: train with --validation_fraction.")
+
+    analyzer = LungSoundAnalyzer.from_pretrained(args.run)
+    analyzer.window, analyzer.hop, analyzer.quality_threshold = args.window, args.hop, args.quality_threshold
+    parts = [f"{options.get('dataset', 'icbhi')}:train", *options.get("also_train", ())]
+    recordings = load_recordings(parts, args.data_dir, args.allow_missing_audio)
+    kept_apart = set(validation["patient_id"])
+    chosen = [row for row, patient in enumerate(recordings["patient_id"][:]) if patient in kept_apart]
+    about = f"Measured on the patients of {' and '.join(parts)} that were kept apart, none of whom was trained on."
+    try:
+        points, *scored = measure(analyzer, recordings.select(chosen), about)
+    except ValueError as error:
+        raise SystemExit(f"{args.run}: {error}") from error
+    text = json.dumps({name: _rounded(value) for name, value in asdict(points).items()})
+    write_text(args.run / FILE_NAME, text + "\n")
+    print(f"{args.run / FILE_NAME}: threshold {points.threshold}, of {points.patients} patients")
+    parts_scored = {"validation": scored}
+    for part in args.on:
+        rows = load_recordings([part], args.data_dir, args.allow_missing_audio)
+        parts_scored[part] = list(score_recordings(analyzer, rows))
+    for part, both in parts_scored.items():
+        for unit, items in zip(("recordings", "cycles"), both, strict=True):
+            print(f"{part}, {unit} {items.counts}: {items.describe(points.threshold)}")
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {name: _rounded(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return round(value, 4) if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    main()
