@@ -490,7 +490,7 @@ def describe(
             "pooling": config.pooling,
             "head": config.head,
         },
-        quality=quality_facts(extractor) if trainer.loss.uses_quality else None,
+        quality=quality_facts(extractor) if trainer.loss.uses_quality or extractor.quality_score == "learned" else None,
         missing=data.missing,
         base_model=None if local else options.get("encoder"),
         local_weights=options["encoder"].removeprefix(LOCAL) if local else None,
@@ -506,12 +506,13 @@ def quality_facts(extractor: QLungFeatureExtractor) -> dict[str, Any]:
 
 def draw_run(run_dir: Path, description: RunDescription, train: Dataset, trainer: QLungTrainer) -> dict[str, str]:
     """Draw a run's confusions, abstention, training curves and quality; gives the figures' names by their captions."""
-    figures, classes, dataset = {}, description.task.classes, " and ".join(description.datasets)
+    figures, classes, trained_on = {}, description.task.classes, " and ".join(description.datasets)
     predictions = read_predictions(run_dir / PREDICTIONS)
     for name, scores in description.metrics.items():
         file = f"confusion_matrix_{name.replace(':', '_')}.png"
         figures[f"Confusion matrix, {name}"] = file
-        title = f"{description.recipe}, {name if ':' in name else f'{dataset} {name}'}"
+        of = "" if ":" in name else f"{trained_on if name == 'validation' else description.datasets[0]} "
+        title = f"{description.recipe}, {of}{name}"
         plot_confusion_matrix(scores["confusion_matrix"], classes, run_dir / file, title)
         answers = predictions[predictions["split"].eq(name) & predictions["label"].notna()]
         if len(answers):
@@ -523,7 +524,7 @@ def draw_run(run_dir: Path, description: RunDescription, train: Dataset, trainer
         plot_training_curves(history, run_dir / "training_curves.png", description.task)
     if description.quality is not None:
         figures["Quality score of the training cycles"] = "quality.png"
-        quality, title = score_quality(trainer.feature_extractor, train), f"{dataset}, training cycles"
+        quality, title = score_quality(trainer.feature_extractor, train), f"{trained_on}, training cycles"
         plot_quality_histogram(quality, train["label"][:], classes, run_dir / "quality.png", title)
     return figures
 

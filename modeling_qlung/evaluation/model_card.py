@@ -1,6 +1,7 @@
 """The model card of a run: what a reader of the Hub needs to use, judge and repeat it."""
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -275,8 +276,9 @@ print(classify({{"raw": waveform, "sampling_rate": rate}}))
 
 
 def _scores(run: RunDescription) -> str:
+    definition = run.task.definition.replace("cycle", "window") if run.windows else run.task.definition
     parts = [
-        f"{_SELECTION[run.selection]}\n\nIn percent. {run.task.definition} In brackets: 95 % interval from a bootstrap "
+        f"{_SELECTION[run.selection]}\n\nIn percent. {definition} In brackets: 95 % interval from a bootstrap "
         "over patients, of this one run (it holds no variation between seeds)."
     ]
     parts += [_split_scores(run, split) for split in run.metrics]
@@ -373,12 +375,13 @@ def _quality(run: RunDescription) -> str:
 
 
 def _limits(run: RunDescription) -> str:
+    populations = "; and ".join(data.population for data in run.trained_on)
+    trained_on = f"- It was trained on {populations}. Expect other scores on other people, stethoscopes and places."
     return f"""\
 Made to compare methods on public benchmarks and to build research prototypes. It must not be used to diagnose, to
 triage or to reassure: it was never tested in care, and no regulator has seen it.
 
-- It was trained on {"; and ".join(data.population for data in run.trained_on)}. Expect other
-  scores on other people, stethoscopes and places.
+{textwrap.fill(trained_on, 120, subsequent_indent="  ")}
 - It expects {_EXPECTED[run.unit].format(run.windows)}.
   Speech, heart sounds, handling noise and wrong cuts were not taught as such, and there is no class for them.
 - Its probabilities are a softmax and are not calibrated.

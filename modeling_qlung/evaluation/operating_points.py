@@ -77,7 +77,7 @@ class Scored:
             value = float(statistic(np.ones((1, len(self.truth))))[0])
             interval = weighted_ci(self.patients, statistic)
             bounds = None if interval is None else [100 * bound for bound in interval]
-            told.append(f"{name} {100 * value:.1f} ({format_interval(bounds)})")
+            told.append(f"{name} {100 * value:.1f} {format_interval(bounds)}")
         return ", ".join(told)
 
 

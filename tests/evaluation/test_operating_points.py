@@ -42,9 +42,9 @@ def test_what_is_told_has_the_auroc_of_scikit_learn():
     truth = rng.random(200) < 0.3
     abnormal = np.clip(rng.normal(0.4 + 0.2 * truth, 0.2), 0, 1)
     told = Scored(abnormal, truth, rng.integers(0, 40, 200).astype(str)).describe(0.5)
-    assert told.startswith(f"AUROC {100 * roc_auc_score(truth, abnormal):.1f} (")
-    assert f"sensitivity {100 * (abnormal[truth] >= 0.5).mean():.1f} (" in told
-    assert f"specificity {100 * (abnormal[~truth] < 0.5).mean():.1f} (" in told
+    assert told.startswith(f"AUROC {100 * roc_auc_score(truth, abnormal):.1f} [")
+    assert f"sensitivity {100 * (abnormal[truth] >= 0.5).mean():.1f} [" in told
+    assert f"specificity {100 * (abnormal[~truth] < 0.5).mean():.1f} [" in told
 
 
 @pytest.mark.parametrize(

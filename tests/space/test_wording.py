@@ -1,0 +1,73 @@
+"""What the page says of an analysis."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import wording
+
+from modeling_qlung.inference import Analysis, OperatingPoints
+from tests.space.conftest import save_checkpoint
+
+CLASSES = ["normal", "crackle", "wheeze", "both"]
+N, C, W, B = np.eye(4) * 0.6 + 0.1
+
+
+def analysis(*rows: np.ndarray, **fields: Any) -> Analysis:
+    """Steps of 0.5 s, or cycles of them."""
+    edges = 0.5 * np.stack([np.arange(len(rows)), np.arange(1, len(rows) + 1)], axis=1)
+    values: dict[str, Any] = {
+        "duration": 0.5 * len(rows),
+        "classes": CLASSES,
+        "normal": 0,
+        "edges": edges,
+        "probabilities": np.array(rows),
+        "threshold": 0.5,
+        "cycles": False,
+        "quality": 0.9,
+        "reasons": [],
+        "quality_parts": [],
+        "can_tell": True,
+    }
+    return Analysis(**{**values, **fields})
+
+
+@pytest.mark.parametrize(
+    ("rows", "fields", "said"),
+    [
+        ([N, N], {}, "Nothing abnormal was marked in 1.0 s."),
+        ([N, C, C], {}, "Crackles were marked in 1 place, 1.0 s of 1.5 s."),
+        ([C, N, C, C], {}, "Crackles were marked in 2 places, 1.5 s of 2.0 s."),
+        ([W, N, C, B], {}, "Crackles were marked in 1 place, 0.5 s; wheezes in 1 place, 0.5 s; "
+         "crackles with wheezes in 1 place, 0.5 s; of 2.0 s in all."),
+        ([C, C, N], {"cycles": True}, "Crackles were marked in 2 of 3 annotated cycles."),
+        ([N], {"cycles": True}, "Nothing abnormal was marked in 1 annotated cycle."),
+        ([C], {"can_tell": False, "reasons": ["mains hum"]}, "I can’t tell: the recording is too poor (mains hum)."),
+        ([C], {"can_tell": False}, "I can’t tell: the recording is too poor."),
+    ],
+)  # fmt: skip
+def test_verdict(rows, fields, said):
+    assert wording.verdict(analysis(*rows, **fields)) == said
+
+
+def test_nothing_marked_is_not_called_healthy():
+    assert "does not mean that the lungs are healthy" in wording.caution(analysis(N))
+    assert "Do not rely on it" in wording.caution(analysis(C, can_tell=False))
+
+
+def test_quality_names_its_reasons():
+    assert wording.quality(analysis(N)) == "Recording quality 0.90 of 1."
+    assert wording.quality(analysis(N, quality=None, reasons=["clipped", "mains hum"])) == (
+        "This model does not judge recordings’ quality: clipped, mains hum."
+    )
+
+
+def test_operating_point_says_on_whom_and_between_the_tables_lines(tmp_path):
+    points = OperatingPoints.from_file(save_checkpoint(tmp_path) / "operating_points.json")
+    said = wording.operating_point(points, 0.75)
+    assert said.startswith("At 0.75, on 50 validation patients: of 120 recordings with an abnormal sound 40 % were")
+    assert "of 1,260 without one 85 % were left unmarked" in said
+    assert said.endswith("sensitivity 20 % of 300, specificity 42 % of 900.")
+    assert "does not say" in wording.operating_point(None, 0.5)
+    assert json.loads((tmp_path / "operating_points.json").read_text())["patients"] == 50
