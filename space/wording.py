@@ -19,7 +19,7 @@ def sounds(label: str) -> str:
 def verdict(analysis: Analysis) -> str:
     """Say in one sentence what was heard, or that nothing can be said; of annotated cycles, in how many."""
     if not analysis.can_tell:
-        return f"I can’t tell: the recording is too poor{_because(analysis.reasons)}."
+        return f"I can’t tell: the recording is too poor, or unlike those I know{_because(analysis.reasons)}."
     total = _count(len(analysis.edges), "annotated cycle") if analysis.cycles else f"{analysis.duration:.1f} s"
     marked = _marked(analysis)
     if not marked:
@@ -60,9 +60,9 @@ def operating_point(points: OperatingPoints | None, threshold: float) -> str:
         f"{_count(points.recordings['abnormal'], 'recording')} with an abnormal sound "
         f"{_percent(by_recording['sensitivity'])} were marked somewhere (sensitivity), and of "
         f"{points.recordings['normal']:,} without one {_percent(by_recording['specificity'])} were left unmarked "
-        f"(specificity). By annotated cycle: sensitivity {_percent(by_cycle['sensitivity'])} of "
-        f"{points.cycles['abnormal']:,}, specificity {_percent(by_cycle['specificity'])} of "
-        f"{points.cycles['normal']:,}."
+        f"(specificity). By annotated cycle or event, half of it marked: sensitivity "
+        f"{_percent(by_cycle['sensitivity'])} of {points.cycles['abnormal']:,}, specificity "
+        f"{_percent(by_cycle['specificity'])} of {points.cycles['normal']:,}."
     )
 
 

@@ -43,8 +43,12 @@ def analysis(*rows: np.ndarray, **fields: Any) -> Analysis:
          "crackles with wheezes in 1 place, 0.5 s; of 2.0 s in all."),
         ([C, C, N], {"cycles": True}, "Crackles were marked in 2 of 3 annotated cycles."),
         ([N], {"cycles": True}, "Nothing abnormal was marked in 1 annotated cycle."),
-        ([C], {"can_tell": False, "reasons": ["mains hum"]}, "I can’t tell: the recording is too poor (mains hum)."),
-        ([C], {"can_tell": False}, "I can’t tell: the recording is too poor."),
+        (
+            [C],
+            {"can_tell": False, "reasons": ["mains hum"]},
+            "I can’t tell: the recording is too poor, or unlike those I know (mains hum).",
+        ),
+        ([C], {"can_tell": False}, "I can’t tell: the recording is too poor, or unlike those I know."),
     ],
 )  # fmt: skip
 def test_verdict(rows, fields, said):
