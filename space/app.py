@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # a clone's package; a Space has it beside this file
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # a clone's package; a Space has it beside this file
 
 import examples
 import figures
@@ -130,7 +130,7 @@ def hear(path: str | None, threshold: float | None = None, annotation: str | Non
     """
     if not path:
         raise UnusableInputError("There is no recording yet. Upload or record one, or take an example.")
-    if threshold is not None and not 0 <= threshold <= 1:
+    if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
         raise UnusableInputError(f"The threshold is {threshold}; it must be from 0 to 1.")
     samples, own_rate = read_recording(path, sampling_rate())
     annotated = read_cycles(annotation, len(samples) / sampling_rate()) if annotation else []
@@ -272,7 +272,7 @@ def _place(index: int, span: Span) -> str:
 
 def attention(heard: Heard | None, index: int | None) -> str:
     """Where the model looked in one span."""
-    if heard is None or index is None:
+    if heard is None or index is None or index >= len(heard.analysis.spans):
         return ""
     span = heard.analysis.spans[index]
     try:
@@ -406,6 +406,7 @@ def _recording_tab() -> None:
             map_ = gr.HTML(elem_id="attention")
         more = gr.HTML(elem_id="details")
     changed = [verdict_region, point, figure, choice, places, player, map_, more]
+    recording.change(lambda: None, None, annotation, queue=False, api_visibility="private")  # it was of another one
     button.click(
         examine,
         [recording, annotation],

@@ -68,6 +68,7 @@ def mel_spectrogram(samples: np.ndarray, sampling_rate: int, top: float) -> np.n
     Kaldi's filterbank, as before the model; of long recordings, the mean of neighbouring frames.
     """
     bank, bands = KaldiFilterbank(sampling_rate, _BANDS), _bands_below(top, sampling_rate)
+    samples = np.pad(samples, (0, max(0, bank.frame_length - len(samples))))
     frames = bank.num_frames(len(samples))
     stride = round(_BLOCK * sampling_rate / bank.hop_length)  # frames of a block
     found = []

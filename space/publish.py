@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hf_datasets.hub import HubError, Repository
 
-SPACE = Path(__file__).parent
+SPACE = Path(__file__).resolve().parent
 PACKAGE = SPACE.parent / "modeling_qlung"
 WRITTEN = Path("published", "space")
 # Named one by one, so that whatever else lies there stays there. Of the package goes what a page needs: what a

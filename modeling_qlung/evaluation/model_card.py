@@ -235,6 +235,7 @@ def _header(run: RunDescription) -> ModelCardData:
 
 def _summary(run: RunDescription) -> str:
     trained_on = " and ".join(f"{data.title} ({data.population})" for data in run.trained_on)
+    trained_on = f"parts of {trained_on}" if run.missing else trained_on
     return (
         f"A classifier of {_CLASSIFIED[run.unit].format(run.windows)}s: "
         f"{', '.join(run.task.classes[:-1])} or {run.task.classes[-1]}. "
