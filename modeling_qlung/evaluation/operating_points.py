@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 import hf_datasets
 
-from ..inference import Analysis, LungSoundAnalyzer, OperatingPoints
+from ..inference import Analysis, LungSoundAnalyzer, OperatingPoints, measure_level
 from ..inference.operating_points import FILE_NAME
 from .bootstrap import weighted_ci
 from .quality_measures import weighted_auroc
@@ -147,6 +147,7 @@ def measure(
         hop=analyzer.hop,
         threshold=by_recording.best_threshold(),
         quality_threshold=analyzer.quality_threshold,
+        level=analyzer.level,
         patients=len(set(by_recording.patients)),
         recordings=by_recording.counts,
         cycles=by_cycle.counts,
@@ -155,6 +156,12 @@ def measure(
         by_cycle=by_cycle.rates(THRESHOLDS),
     )
     return points, by_recording, by_cycle
+
+
+def typical_level(recordings: datasets.Dataset) -> float:
+    """Give the median of recordings' RMS amplitudes."""
+    encoded = recordings.cast_column("audio", datasets.Audio(decode=False))["audio"]
+    return float(np.median([measure_level(audio["bytes"]) for audio in encoded]))
 
 
 def load_recordings(parts: Sequence[str], data_dir: str | None, allow_missing_audio: bool) -> datasets.Dataset:
@@ -195,10 +202,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = [f"{options.get('dataset', 'icbhi')}:train", *options.get("also_train", ())]
     recordings = load_recordings(parts, args.data_dir, args.allow_missing_audio)
     kept_apart = set(validation["patient_id"])
-    chosen = [row for row, patient in enumerate(recordings["patient_id"][:]) if patient in kept_apart]
+    apart = np.array([patient in kept_apart for patient in recordings["patient_id"][:]])
+    analyzer.level = typical_level(recordings.select(np.flatnonzero(~apart)))
     about = f"Measured on the patients of {' and '.join(parts)} that were kept apart, none of whom was trained on."
     try:
-        points, *scored = measure(analyzer, recordings.select(chosen), about)
+        points, *scored = measure(analyzer, recordings.select(np.flatnonzero(apart)), about)
     except ValueError as error:
         raise SystemExit(f"{args.run}: {error}") from error
     text = json.dumps({name: _rounded(value) for name, value in asdict(points).items()})
@@ -218,7 +226,7 @@ def _rounded(value):
         return {name: _rounded(each) for name, each in value.items()}
     if isinstance(value, list):
         return [_rounded(each) for each in value]
-    return round(value, 4) if isinstance(value, float) else value
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

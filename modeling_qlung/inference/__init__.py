@@ -3,7 +3,7 @@
 from .analysis import Analysis, Span
 from .analyzer import LungSoundAnalyzer
 from .attention import attention_map
-from .audio import open_audio, read_audio, resample, resample_blocks
+from .audio import measure_level, open_audio, read_audio, resample, resample_blocks
 from .operating_points import OperatingPoints
 from .precision import fastest_dtype
 
@@ -14,6 +14,7 @@ __all__ = [
     "Span",
     "attention_map",
     "fastest_dtype",
+    "measure_level",
     "open_audio",
     "read_audio",
     "resample",

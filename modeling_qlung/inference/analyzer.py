@@ -17,7 +17,7 @@ from ..feature_extraction_qlung import QLungFeatureExtractor
 from ..modeling_qlung import QLungForAudioClassification
 from .analysis import Analysis, QualityPart
 from .attention import attention_map
-from .audio import AudioSource, open_audio, resample, resample_blocks
+from .audio import AudioSource, measure_level, open_audio, resample, resample_blocks
 from .operating_points import FILE_NAME, OperatingPoints
 from .precision import fastest_dtype
 from .windows import consecutive_parts, merge_windows, sliding_windows, tap_sections
@@ -32,8 +32,8 @@ class LungSoundAnalyzer:
     Finds abnormal lung sounds in recordings of any length, with a QLung classifier.
 
     Overlapping windows go through the checkpoint's own preparation and through the model; at each step of `hop`, the
-    probabilities are the mean of those of the windows that cover it. A recording is read once, block by block: memory
-    does not grow with its length.
+    probabilities are the mean of those of the windows that cover it. A recording is read block by block: memory does
+    not grow with its length.
 
         analyzer = LungSoundAnalyzer.from_pretrained("space/model")
         analysis = analyzer("recording.wav")
@@ -43,14 +43,16 @@ class LungSoundAnalyzer:
     Args:
         model: a classifier one of whose classes is named normal.
         feature_extractor: the checkpoint's.
-        operating_points: the checkpoint's, if it has any; they give `threshold`, `quality_threshold`, `window` and
-            `hop`, otherwise 0.5, 0.5, 2 s and 0.5 s.
+        operating_points: the checkpoint's, if it has any; they give `threshold`, `quality_threshold`, `window`, `hop`
+            and `level`, otherwise 0.5, 0.5, 2 s, 0.5 s and None.
 
     Attributes:
         window: length of a window, in s; what is longer than the feature extractor's `duration` would be cut.
         hop: from one window to the next, in s.
         threshold: of P(abnormal) = 1 - P(normal), from which on a step is marked.
         quality_threshold: of a recording's quality, below which it cannot be told what is in it.
+        level: RMS amplitude that every recording is brought to before the model hears it, so that how loud it was
+            recorded does not count; None leaves it as it is, and saves a reading.
         batch_size: number of windows that go through the model together.
 
     Raises:
@@ -76,6 +78,7 @@ class LungSoundAnalyzer:
         self.hop = min(points.hop if points else 0.5, self.window)
         self.threshold = points.threshold if points else 0.5
         self.quality_threshold = points.quality_threshold if points else 0.5
+        self.level = points.level if points else None
         self.batch_size = 16
         self._attention = threading.Lock()  # looking at it switches how the model computes
 
@@ -136,6 +139,7 @@ class LungSoundAnalyzer:
         """
         rate = self.feature_extractor.sampling_rate
         ear = _Ear(self.feature_extractor)
+        gain = self._gain(source, sampling_rate)
         cut = cycles is not None and self.window < self.feature_extractor.duration
         with open_audio(source, sampling_rate) as (own_rate, blocks):
             if cycles is not None:
@@ -145,7 +149,7 @@ class LungSoundAnalyzer:
                 pieces = sliding_windows(heard, round(self.window * rate), round(self.hop * rate))
             else:
                 pieces = self._cycles(blocks, own_rate, cycles or (), ear)
-            places, lengths, probabilities = self._score(pieces)
+            places, lengths, probabilities = self._score(pieces, gain)
         if not cut:
             if not places:
                 raise ValueError("The recording is too short: it does not hold one sample at the model's rate.")
@@ -171,6 +175,11 @@ class LungSoundAnalyzer:
             can_tell=not ear.silent and (ear.quality is None or ear.quality >= self.quality_threshold),
         )
 
+    def _gain(self, source: AudioSource, sampling_rate: int | None) -> np.float32:
+        """The factor that brings a recording to the level, 1 for one without any sound."""
+        own = measure_level(source, sampling_rate) if self.level else 0.0
+        return np.float32(self.level / own if self.level and own else 1.0)
+
     def _cycles(
         self, blocks: Iterable[np.ndarray], rate: int, cycles: Sequence[tuple[float, float]], ear: "_Ear"
     ) -> Iterator[tuple[int, np.ndarray]]:
@@ -186,11 +195,13 @@ class LungSoundAnalyzer:
             raise ValueError(_too_late(len(cycles) - done, len(cycles)))
 
     @torch.inference_mode()
-    def _score(self, pieces: Iterator[tuple[int, np.ndarray]]) -> tuple[list[int], list[int], np.ndarray]:
-        """Give of each piece its place, its length, and, in an array of (pieces, classes), its probabilities."""
+    def _score(
+        self, pieces: Iterator[tuple[int, np.ndarray]], gain: np.float32
+    ) -> tuple[list[int], list[int], np.ndarray]:
+        """Give of each piece, brought to the level, its place, its length, and its probabilities (pieces, classes)."""
         places, lengths, probabilities = [], [], [np.empty((0, len(self.classes)))]
         while batch := list(islice(pieces, self.batch_size)):
-            waveforms = [waveform for _, waveform in batch]
+            waveforms = [gain * waveform for _, waveform in batch]
             inputs = self.feature_extractor(
                 waveforms,
                 sampling_rate=self.feature_extractor.sampling_rate,
@@ -224,12 +235,13 @@ class LungSoundAnalyzer:
         """
         target = self.feature_extractor.sampling_rate
         found: list[tuple[int, np.ndarray]] = []
+        gain = self._gain(source, sampling_rate)
         with open_audio(source, sampling_rate) as (rate, blocks):
             for _ in tap_sections(blocks, sections_of([(start, end)], rate), found):
                 pass
         if not found:
             raise ValueError(f"The span from {start} s starts after the recording's end.")
-        waveform = resample(found[0][1], rate, target)
+        waveform = gain * resample(found[0][1], rate, target)
         pieces = np.array_split(waveform, max(1, math.ceil(len(waveform) / (self.window * target))))
         with self._attention:
             maps = [attention_map(self.model, self.feature_extractor, piece).T for piece in pieces]

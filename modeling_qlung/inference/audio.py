@@ -99,6 +99,26 @@ def open_audio(source: AudioSource, sampling_rate: int | None = None) -> Iterato
         yield int(rate), _mono(blocks, name)
 
 
+def measure_level(source: AudioSource, sampling_rate: int | None = None) -> float:
+    """Measure a recording's RMS amplitude about its mean, block by block; an open file is left where it was.
+
+    Args:
+        source: as for [`open_audio`], which tells what is raised.
+        sampling_rate: as there.
+    """
+    file = source if isinstance(source, io.IOBase) else None
+    start = file.tell() if file else 0
+    number, total, squares = 0, 0.0, 0.0
+    with open_audio(source, sampling_rate) as (_, blocks):
+        for block in blocks:
+            number += len(block)
+            total += float(block.sum(dtype=np.float64))
+            squares += float(np.square(block, dtype=np.float64).sum())
+    if file:
+        file.seek(start)
+    return max(squares / number - (total / number) ** 2, 0.0) ** 0.5
+
+
 def _split(samples: np.ndarray) -> Iterator[np.ndarray]:
     """Cut samples into float32 blocks of shape (samples, channels)."""
     if samples.ndim not in (1, 2) or (samples.ndim == 2 and not 1 <= samples.shape[1] <= MOST_CHANNELS):

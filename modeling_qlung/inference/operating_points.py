@@ -1,7 +1,7 @@
 """What a checkpoint's thresholds did on its validation patients: `operating_points.json` beside the weights."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class OperatingPoints:
             abnormal where at least one span was marked.
         by_cycle: the same for the cycles or events that were annotated in them, each called abnormal where at least
             half of it was marked.
+        level: RMS amplitude that recordings were brought to; None where they were left as they are.
 
     Raises:
         ValueError: if the thresholds do not ascend, or a list has another length.
@@ -46,6 +47,7 @@ class OperatingPoints:
     thresholds: list[float]
     by_recording: dict[str, list[float]]
     by_cycle: dict[str, list[float]]
+    level: float | None = None
 
     def __post_init__(self):
         if len(self.thresholds) < 2 or self.thresholds != sorted(set(self.thresholds)):
@@ -65,7 +67,8 @@ class OperatingPoints:
         """
         try:
             content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(**{field.name: content[field.name] for field in fields(cls)})
+            required = {field.name: content[field.name] for field in fields(cls) if field.default is MISSING}
+            return cls(**required, level=content.get("level"))
         except KeyError as error:
             raise ValueError(f"{path} lacks {error}: write it again with the evaluation's operating points.") from error
         except (TypeError, ValueError) as error:

@@ -17,7 +17,7 @@ from transformers import ASTConfig, ASTForAudioClassification, pipeline
 
 from hf_datasets.audio import read_wav
 from modeling_qlung import QLungConfig, QLungFeatureExtractor, QLungForAudioClassification
-from modeling_qlung.inference import LungSoundAnalyzer, attention_map, audio
+from modeling_qlung.inference import LungSoundAnalyzer, attention_map, audio, measure_level
 from modeling_qlung.inference import analyzer as analyzer_module
 
 from ..encoders import TINY_AST, TINY_CLAP
@@ -103,6 +103,28 @@ def test_windows_go_through_the_model_in_batches():
     assert sizes == [16, 5]
     analyzer.batch_size = 4
     np.testing.assert_allclose(analyzer(samples, 16000).probabilities, expected.probabilities, atol=1e-6, rtol=0)
+
+
+def test_how_loud_it_was_recorded_does_not_count_where_there_is_a_level(tmp_path):
+    analyzer, samples = tiny_analyzer(), 0.1 + breath(5.0)  # a constant offset is no sound
+    as_it_is = [analyzer(factor * samples, 16000).probabilities for factor in (1.0, 0.1)]
+    assert np.abs(as_it_is[0] - as_it_is[1]).max() > 0.01
+    analyzer.level = 0.02
+    expected = analyzer(0.02 / samples.std() * samples, 16000).probabilities
+    for factor in (1.0, 0.1, 3.0):
+        np.testing.assert_allclose(analyzer(factor * samples, 16000).probabilities, expected, atol=1e-5)
+        looked = analyzer.attention(factor * samples, 1.0, 2.0, 16000)
+        np.testing.assert_allclose(looked, analyzer.attention(samples, 1.0, 2.0, 16000), atol=1e-5)
+    soundfile.write(tmp_path / "loud.wav", samples, 16000, subtype="FLOAT")
+    with (tmp_path / "loud.wav").open("rb") as file:
+        np.testing.assert_allclose(analyzer(file).probabilities, expected, atol=1e-5)
+    assert not analyzer(np.zeros(16000), 16000).can_tell
+
+
+@pytest.mark.parametrize("seconds", [0.5, 9.0])
+def test_the_level_is_the_deviation(seconds):
+    samples = 0.3 + breath(seconds, 44100)
+    assert measure_level(samples, 44100) == pytest.approx(samples.astype(np.float64).std(), rel=1e-4)
 
 
 def test_window_and_hop_may_be_others():
@@ -249,6 +271,7 @@ def test_clap_and_several_durations_and_two_classes():
         QLungFeatureExtractor(duration=2.0, durations=[1.0, 2.0]),
     )
     samples, cycles = breath(5.0), [(0.0, 0.9), (1.0, 2.9), (3.0, 3.5)]
+    mixed.window = 1.0
     found = mixed(samples, 16000, cycles=cycles)
     for row, (start, end) in zip(found.probabilities, cycles, strict=True):
         expected = probabilities(mixed, samples[round(16000 * start) : round(16000 * end)])
