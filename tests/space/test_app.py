@@ -90,11 +90,17 @@ def test_attention_is_drawn_over_the_span(app, heard):
     span = heard.analysis.spans[0]
     assert f"{span.start:.1f} to {span.end:.1f} seconds" in page
     assert page.count("data:image/webp") == 2
+    assert app.attention(heard, len(heard.analysis.spans)) == "", "the slider has moved in between"
 
 
 @pytest.mark.parametrize(
     ("path", "threshold", "message"),
-    [(None, None, "no recording yet"), ("noise.wav", 1.5, "The threshold is 1.5"), ("none.wav", None, "not kept")],
+    [
+        (None, None, "no recording yet"),
+        ("noise.wav", 1.5, "The threshold is 1.5"),
+        ("noise.wav", "x", "The threshold is x"),
+        ("none.wav", None, "not kept"),
+    ],
 )
 def test_what_cannot_be_heard_is_said(app, record, path, threshold, message):
     folder = record().parent

@@ -51,6 +51,10 @@ def test_a_long_recording_is_drawn_in_as_many_columns_as_a_screen_shows():
     np.testing.assert_allclose(seam[:, 901:1100], part[:, 1:200], atol=1e-3)
 
 
+def test_less_than_a_frame_is_drawn_too():
+    assert figures.mel_spectrogram(tone(500, 0.01), RATE, 4000.0).shape[1] == 1
+
+
 def test_nothing_above_half_the_own_rate_is_shown():
     assert figures.draw(tone(500, 1.0), RATE, 4000).top == 2000
     assert figures.draw(tone(500, 1.0), RATE, 44100).top == 4000
