@@ -195,7 +195,8 @@ def describe_operating_points(points: OperatingPoints) -> str:
     table = "\n".join(["| | abnormal | normal | Se % | Sp % |", "|---|---:|---:|---:|---:|", *rows])
     return (
         "## In whole recordings\n\n"
-        f"`LungSoundAnalyzer` slides windows of {points.window:g} s over a recording, {points.hop:g} s apart, and "
+        f"`LungSoundAnalyzer` {'brings a recording to one level, ' if points.level else ''}slides windows of "
+        f"{points.window:g} s over {'it' if points.level else 'a recording'}, {points.hop:g} s apart, and "
         f"marks what reaches P(abnormal) = {points.threshold:g}. {points.about} There are "
         f"{_plural(points.patients, 'patient')}; a recording counts as found where anything is marked in it, a cycle "
         "or event where half of it is. The threshold was chosen on these recordings:"
@@ -377,7 +378,9 @@ def _quality(run: RunDescription) -> str:
 
 def _limits(run: RunDescription) -> str:
     populations = "; and ".join(data.population for data in run.trained_on)
-    trained_on = f"- It was trained on {populations}. Expect other scores on other people, stethoscopes and places."
+    there = "" if run.missing is None else " Not all of them were there: see the training data."
+    others = "Expect other scores on other people, stethoscopes and places."
+    trained_on = f"- It was trained on {populations}.{there} {others}"
     return f"""\
 Made to compare methods on public benchmarks and to build research prototypes. It must not be used to diagnose, to
 triage or to reassure: it was never tested in care, and no regulator has seen it.

@@ -129,6 +129,8 @@ def test_a_clap_card_asks_for_48_khz(run):
 def test_data_says_what_was_missing_and_what_its_terms_are(run):
     card = build_model_card(replace(run, missing="audio of 864 of the 920 recordings"))
     assert "**Missing: audio of 864 of the 920 recordings**" in card
+    assert "Trained on parts of ICBHI 2017" in card
+    assert "Not all of them were there" in " ".join(card.split())
     assert "| train | 2,063 | 1,215 | 501 | 363 | 4,142 |" in card
     assert "the ICBHI 2017 database is free for research" in card
     assert "Nothing of the data was missing." in build_model_card(run)
