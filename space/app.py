@@ -406,7 +406,7 @@ def _recording_tab() -> None:
             map_ = gr.HTML(elem_id="attention")
         more = gr.HTML(elem_id="details")
     changed = [verdict_region, point, figure, choice, places, player, map_, more]
-    recording.change(lambda: None, None, annotation, queue=False, api_visibility="private")  # it was of another one
+    recording.clear(lambda: None, None, annotation, queue=False, api_visibility="private")  # it was of that recording
     button.click(
         examine,
         [recording, annotation],
