@@ -493,7 +493,7 @@ def _settle_task(arguments: Arguments) -> None:
         raise ValueError("--fold names one fold and --folds several: give one of the two")
     for fold in [*(method.folds or ()), *([] if data.fold is None else [data.fold])]:
         if data.dataset != "icbhi" or not 0 <= fold < 5 or data.also_train or data.windows:
-            raise ValueError(f"--fold {fold}: there are the folds 0 to 4, of the cycles of icbhi alone")
+            raise ValueError(f"--fold {fold}: there are the folds 0 to 4, of icbhi, its cycles alone")
     if data.windows is not None and (data.windows <= 0 or data.task != FOUR_CLASS.name or data.as_published):
         raise ValueError(
             f"--windows {data.windows}: give a positive length in seconds, for the task 4-class and without "
