@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,8 @@ def load_splits(
     missing = next(iter(splits.values())).info.description or None
     splits = {name: split for name, split in splits.items() if name != left_out}
     if args.windows:
-        return {name: cut_windows(split, sampling_rate, args.windows) for name, split in splits.items()}, missing
+        cut = partial(cut_windows, sampling_rate=sampling_rate, seconds=args.windows, level=args.level)
+        return {name: cut(split) for name, split in splits.items()}, missing
     if published:
         splits = {name: cut_recordings(split, sampling_rate) for name, split in splits.items()}
     return {name: decode_cycles(split, sampling_rate, task) for name, split in splits.items()}, missing
@@ -623,7 +625,7 @@ def prepare_as_trained(args: EvaluationArguments) -> None:
         options = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         args.as_published = options.get("as_published")
         args.continuous_as_wheeze = options.get("continuous_as_wheeze", False)
-        args.windows = options.get("windows")
+        args.windows, args.level = options.get("windows"), options.get("level")
 
 
 def benchmark(argv: list[str]) -> None:

@@ -60,7 +60,7 @@ def operating_point(points: OperatingPoints | None, threshold: float) -> str:
         f"{_count(points.recordings['abnormal'], 'recording')} with an abnormal sound "
         f"{_percent(by_recording['sensitivity'])} were marked somewhere (sensitivity), and of "
         f"{points.recordings['normal']:,} without one {_percent(by_recording['specificity'])} were left unmarked "
-        f"(specificity). By annotated cycle or event, half of it marked: sensitivity "
+        f"(specificity). By annotated cycle or event, each as a whole: sensitivity "
         f"{_percent(by_cycle['sensitivity'])} of {points.cycles['abnormal']:,}, specificity "
         f"{_percent(by_cycle['specificity'])} of {points.cycles['normal']:,}."
     )

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -20,11 +21,12 @@ from numpy.typing import NDArray
 
 import hf_datasets
 
-from ..inference import Analysis, LungSoundAnalyzer, OperatingPoints, measure_level
+from ..inference import LungSoundAnalyzer, OperatingPoints
 from ..inference.operating_points import FILE_NAME
 from .bootstrap import weighted_ci
+from .model_card import describe_operating_points
 from .quality_measures import weighted_auroc
-from .report import format_interval, read_predictions, write_text
+from .report import read_predictions, write_text
 
 THRESHOLDS = np.linspace(0, 1, 101)
 
@@ -64,21 +66,20 @@ class Scored:
         best = np.flatnonzero(mean == mean.max())
         return round(float(THRESHOLDS[best[len(best) // 2]]), 2)
 
-    def describe(self, threshold: float) -> str:
-        """AUROC, sensitivity and specificity in percent, with 95 % intervals from a bootstrap over patients."""
+    def scores(self, threshold: float) -> dict[str, list[float | None]]:
+        """AUROC, sensitivity and specificity, each with its 95 % interval from a bootstrap over patients."""
         called = self.abnormal >= threshold
         statistics: dict[str, Callable[[NDArray], NDArray]] = {
             "AUROC": lambda weights: weighted_auroc(self.abnormal, self.truth, weights),
             "sensitivity": lambda weights: _share(weights, called, self.truth),
             "specificity": lambda weights: _share(weights, ~called, ~self.truth),
         }
-        told = []
+        scores: dict[str, list[float | None]] = {}
         for name, statistic in statistics.items():
             value = float(statistic(np.ones((1, len(self.truth))))[0])
-            interval = weighted_ci(self.patients, statistic)
-            bounds = None if interval is None else [100 * bound for bound in interval]
-            told.append(f"{name} {100 * value:.1f} {format_interval(bounds)}")
-        return ", ".join(told)
+            interval = weighted_ci(self.patients, statistic) or (None, None)
+            scores[name] = [None if np.isnan(value) else value, *interval]
+        return scores
 
 
 def _share(weights: NDArray, part: NDArray, whole: NDArray) -> NDArray:
@@ -97,7 +98,7 @@ def score_recordings(analyzer: LungSoundAnalyzer, recordings: datasets.Dataset) 
 
     Returns:
         The recordings, each called abnormal where anything is marked in it; and the annotated cycles or events within
-        them, each called abnormal where at least half of it is marked.
+        them, each as the analyzer scores it where a person gives it.
     """
     whole: list[tuple[float, bool, str]] = []
     cycles: list[tuple[float, bool, str]] = []
@@ -106,19 +107,12 @@ def score_recordings(analyzer: LungSoundAnalyzer, recordings: datasets.Dataset) 
         found = [bool(cycle["crackle"] or cycle["wheeze"]) for cycle in labelled]
         if not row["cycles"] or (not any(found) and len(labelled) < len(row["cycles"])):
             continue
-        analysis = analyzer(row["audio"]["bytes"])
-        whole.append((float(analysis.abnormal.max()), any(found), row["patient_id"]))
-        for cycle, abnormal in zip(labelled, found, strict=True):
-            cycles.append((_half(analysis, cycle["start"], cycle["end"]), abnormal, row["patient_id"]))
+        encoded, patient = row["audio"]["bytes"], row["patient_id"]
+        whole.append((float(analyzer(encoded).abnormal.max()), any(found), patient))
+        if labelled:
+            by_cycle = analyzer(encoded, cycles=[(cycle["start"], cycle["end"]) for cycle in labelled]).abnormal
+            cycles += zip(by_cycle.tolist(), found, [patient] * len(found), strict=True)
     return _scored(whole), _scored(cycles)
-
-
-def _half(analysis: Analysis, start: float, end: float) -> float:
-    """The largest threshold at which at least half of the time from start to end is marked."""
-    shared = np.minimum(analysis.edges[:, 1], end) - np.maximum(analysis.edges[:, 0], start)
-    order = np.argsort(-analysis.abnormal, kind="stable")
-    marked = np.cumsum(shared.clip(0)[order])
-    return float(analysis.abnormal[order][np.searchsorted(marked, marked[-1] / 2)])
 
 
 def _scored(items: Sequence[tuple[float, bool, str]]) -> Scored:
@@ -126,13 +120,8 @@ def _scored(items: Sequence[tuple[float, bool, str]]) -> Scored:
     return Scored(np.array(abnormal), np.array(truth, dtype=bool), np.array(patients, dtype=str))
 
 
-def measure(
-    analyzer: LungSoundAnalyzer, recordings: datasets.Dataset, about: str
-) -> tuple[OperatingPoints, Scored, Scored]:
+def measure(analyzer: LungSoundAnalyzer, recordings: datasets.Dataset, about: str) -> OperatingPoints:
     """Measure the thresholds on validation patients' recordings, and choose the one best for recordings.
-
-    Returns:
-        The operating points, and the scores of recordings and of cycles.
 
     Raises:
         ValueError: if there are no abnormal recordings or cycles, or no normal ones.
@@ -141,11 +130,12 @@ def measure(
     for unit, scored in (("recordings", by_recording), ("cycles", by_cycle)):
         if not all(scored.counts.values()):
             raise ValueError(f"the validation patients have these {unit}: {scored.counts}; some of each are needed")
-    points = OperatingPoints(
+    threshold = by_recording.best_threshold()
+    return OperatingPoints(
         about=about,
         window=analyzer.window,
         hop=analyzer.hop,
-        threshold=by_recording.best_threshold(),
+        threshold=threshold,
         quality_threshold=analyzer.quality_threshold,
         level=analyzer.level,
         patients=len(set(by_recording.patients)),
@@ -154,14 +144,14 @@ def measure(
         thresholds=THRESHOLDS.round(2).tolist(),
         by_recording=by_recording.rates(THRESHOLDS),
         by_cycle=by_cycle.rates(THRESHOLDS),
+        scores=[_row("patients kept apart", by_recording, by_cycle, threshold)],
     )
-    return points, by_recording, by_cycle
 
 
-def typical_level(recordings: datasets.Dataset) -> float:
-    """Give the median of recordings' RMS amplitudes."""
-    encoded = recordings.cast_column("audio", datasets.Audio(decode=False))["audio"]
-    return float(np.median([measure_level(audio["bytes"]) for audio in encoded]))
+def _row(where: str, recordings: Scored, cycles: Scored, threshold: float) -> dict[str, Any]:
+    """What `OperatingPoints.scores` tells of one part."""
+    units = {"recordings": recordings, "cycles": cycles}
+    return {"of": where} | {name: {**unit.counts, **unit.scores(threshold)} for name, unit in units.items()}
 
 
 def load_recordings(parts: Sequence[str], data_dir: str | None, allow_missing_audio: bool) -> datasets.Dataset:
@@ -203,22 +193,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     recordings = load_recordings(parts, args.data_dir, args.allow_missing_audio)
     kept_apart = set(validation["patient_id"])
     apart = np.array([patient in kept_apart for patient in recordings["patient_id"][:]])
-    analyzer.level = typical_level(recordings.select(np.flatnonzero(~apart)))
+    analyzer.level = options.get("level")
     about = f"Measured on the patients of {' and '.join(parts)} that were kept apart, none of whom was trained on."
     try:
-        points, *scored = measure(analyzer, recordings.select(np.flatnonzero(apart)), about)
+        points = measure(analyzer, recordings.select(np.flatnonzero(apart)), about)
     except ValueError as error:
         raise SystemExit(f"{args.run}: {error}") from error
-    text = json.dumps({name: _rounded(value) for name, value in asdict(points).items()})
-    write_text(args.run / FILE_NAME, text + "\n")
-    print(f"{args.run / FILE_NAME}: threshold {points.threshold}, of {points.patients} patients")
-    parts_scored = {"validation": scored}
     for part in args.on:
         rows = load_recordings([part], args.data_dir, args.allow_missing_audio)
-        parts_scored[part] = list(score_recordings(analyzer, rows))
-    for part, both in parts_scored.items():
-        for unit, items in zip(("recordings", "cycles"), both, strict=True):
-            print(f"{part}, {unit} {items.counts}: {items.describe(points.threshold)}")
+        points.scores.append(_row(part, *score_recordings(analyzer, rows), points.threshold))
+    text = json.dumps({name: _rounded(value) for name, value in asdict(points).items()})
+    path = args.run / FILE_NAME
+    write_text(path, text + "\n")
+    print(f"{path}\n\n{describe_operating_points(OperatingPoints.from_file(path))}")
 
 
 def _rounded(value):

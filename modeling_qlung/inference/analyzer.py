@@ -17,7 +17,7 @@ from ..feature_extraction_qlung import QLungFeatureExtractor
 from ..modeling_qlung import QLungForAudioClassification
 from .analysis import Analysis, QualityPart
 from .attention import attention_map
-from .audio import AudioSource, measure_level, open_audio, resample, resample_blocks
+from .audio import AudioSource, gain_to, open_audio, resample, resample_blocks
 from .operating_points import FILE_NAME, OperatingPoints
 from .precision import fastest_dtype
 from .windows import consecutive_parts, merge_windows, sliding_windows, tap_sections
@@ -139,7 +139,7 @@ class LungSoundAnalyzer:
         """
         rate = self.feature_extractor.sampling_rate
         ear = _Ear(self.feature_extractor)
-        gain = self._gain(source, sampling_rate)
+        gain = gain_to(self.level, source, sampling_rate)
         cut = cycles is not None and self.window < self.feature_extractor.duration
         with open_audio(source, sampling_rate) as (own_rate, blocks):
             if cycles is not None:
@@ -174,11 +174,6 @@ class LungSoundAnalyzer:
             quality_parts=ear.parts,
             can_tell=not ear.silent and (ear.quality is None or ear.quality >= self.quality_threshold),
         )
-
-    def _gain(self, source: AudioSource, sampling_rate: int | None) -> np.float32:
-        """The factor that brings a recording to the level, 1 for one without any sound."""
-        own = measure_level(source, sampling_rate) if self.level else 0.0
-        return np.float32(self.level / own if self.level and own else 1.0)
 
     def _cycles(
         self, blocks: Iterable[np.ndarray], rate: int, cycles: Sequence[tuple[float, float]], ear: "_Ear"
@@ -235,7 +230,7 @@ class LungSoundAnalyzer:
         """
         target = self.feature_extractor.sampling_rate
         found: list[tuple[int, np.ndarray]] = []
-        gain = self._gain(source, sampling_rate)
+        gain = gain_to(self.level, source, sampling_rate)
         with open_audio(source, sampling_rate) as (rate, blocks):
             for _ in tap_sections(blocks, sections_of([(start, end)], rate), found):
                 pass

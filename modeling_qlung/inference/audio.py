@@ -119,6 +119,18 @@ def measure_level(source: AudioSource, sampling_rate: int | None = None) -> floa
     return max(squares / number - (total / number) ** 2, 0.0) ** 0.5
 
 
+def gain_to(level: float | None, source: AudioSource, sampling_rate: int | None = None) -> np.float32:
+    """Give the factor that brings a recording to an RMS amplitude, 1 for no such level and for one without any sound.
+
+    Args:
+        level: RMS amplitude.
+        source: as for [`measure_level`].
+        sampling_rate: as there.
+    """
+    own = measure_level(source, sampling_rate) if level else 0.0
+    return np.float32(level / own if level and own else 1.0)
+
+
 def _split(samples: np.ndarray) -> Iterator[np.ndarray]:
     """Cut samples into float32 blocks of shape (samples, channels)."""
     if samples.ndim not in (1, 2) or (samples.ndim == 2 and not 1 <= samples.shape[1] <= MOST_CHANNELS):

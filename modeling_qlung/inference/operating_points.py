@@ -1,7 +1,7 @@
 """What a checkpoint's thresholds did on its validation patients: `operating_points.json` beside the weights."""
 
 import json
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,12 @@ class OperatingPoints:
         thresholds: ascending, within [0, 1].
         by_recording: `{"sensitivity": [...], "specificity": [...]}`, one value per threshold; a recording was called
             abnormal where at least one span was marked.
-        by_cycle: the same for the cycles or events that were annotated in them, each called abnormal where at least
-            half of it was marked.
+        by_cycle: the same for the cycles or events that were annotated in them, each scored as `LungSoundAnalyzer`
+            scores cycles that it is given.
         level: RMS amplitude that recordings were brought to; None where they were left as they are.
+        scores: what was found at `threshold`, first on these patients, then elsewhere: each `{"of": ..., "recordings":
+            {"abnormal": 108, "normal": 255, "AUROC": [value, low, high], "sensitivity": ..., "specificity": ...},
+            "cycles": {...}}`, shares in [0, 1] with 95 % intervals by patient, None where there are too few patients.
 
     Raises:
         ValueError: if the thresholds do not ascend, or a list has another length.
@@ -48,6 +51,7 @@ class OperatingPoints:
     by_recording: dict[str, list[float]]
     by_cycle: dict[str, list[float]]
     level: float | None = None
+    scores: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self):
         if len(self.thresholds) < 2 or self.thresholds != sorted(set(self.thresholds)):
@@ -67,8 +71,8 @@ class OperatingPoints:
         """
         try:
             content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-            required = {field.name: content[field.name] for field in fields(cls) if field.default is MISSING}
-            return cls(**required, level=content.get("level"))
+            content = {"level": None, "scores": [], **content}
+            return cls(**{known.name: content[known.name] for known in fields(cls)})
         except KeyError as error:
             raise ValueError(f"{path} lacks {error}: write it again with the evaluation's operating points.") from error
         except (TypeError, ValueError) as error:

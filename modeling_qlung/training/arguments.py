@@ -84,6 +84,11 @@ class DataArguments:
         "Train and test on windows of so many seconds, cut out of whole recordings half a window apart, instead of on "
         "cycles that somebody cut out: as a model meets them that listens to whole recordings.",
     )
+    level: float | None = _option(
+        None,
+        "RMS amplitude that a recording is brought to before windows are cut out of it, so that how loud it was "
+        "recorded does not count.",
+    )
     also_test: list[str] | None = field(
         default=None,
         metadata={"help": "Score the trained model elsewhere too, each as DATASET:SPLIT, such as sprsound:test_inter."},
@@ -273,6 +278,7 @@ class EvaluationArguments:
     )
     continuous_as_wheeze: bool = _option(False, "Likewise.")
     windows: float | None = _option(None, "Likewise.")
+    level: float | None = _option(None, "Likewise.")
     per_device_eval_batch_size: int = _option(32, "Cycles per device and batch.")
     output_dir: str | None = _option(None, "Where scores are written. Default: runs/evaluation-CHECKPOINT.")
     use_cpu: bool = _option(False, "Leave GPUs alone.")
@@ -499,6 +505,8 @@ def _settle_task(arguments: Arguments) -> None:
             f"--windows {data.windows}: give a positive length in seconds, for the task 4-class and without "
             "--as_published"
         )
+    if data.level is not None and (data.level <= 0 or data.windows is None):
+        raise ValueError(f"--level {data.level}: give a positive RMS amplitude, and --windows with it")
 
 
 def _settle_durations(arguments: Arguments, typed: set[str]) -> None:

@@ -84,7 +84,7 @@ def decode_row(
     return {"waveform": waveform, "entropy": entropy, "rms": rms, "label": label}
 
 
-def cut_windows(recordings: Dataset, sampling_rate: int, seconds: float) -> Dataset:
+def cut_windows(recordings: Dataset, sampling_rate: int, seconds: float, level: float | None = None) -> Dataset:
     """Cut whole recordings into windows, each half of one after the other, labelled by what was annotated within them.
 
     A window is abnormal where it shares at least half of the shorter of the two with an abnormal cycle or event; it is
@@ -95,10 +95,11 @@ def cut_windows(recordings: Dataset, sampling_rate: int, seconds: float) -> Data
         recordings: rows of `hf_datasets.load(..., config="recordings")`.
         sampling_rate: of the model, in Hz.
         seconds: length of a window; shorter recordings are one window.
+        level: RMS amplitude that each recording is brought to first, as `LungSoundAnalyzer` does; None leaves it.
 
     Returns:
         Rows as `decode_cycles` gives them, numbered by `cycle_index`, under the recording's name with the window's
-        start.
+        start; `entropy` and `rms` are of the window as it was recorded.
     """
     code = [inspect.getsource(part) for part in (recordings_audio, quality_qlung, _cut_recording, _label_window)]
     kept = {name: recordings.features[name] for name in KEPT_COLUMNS if name in recordings.features}
@@ -106,19 +107,22 @@ def cut_windows(recordings: Dataset, sampling_rate: int, seconds: float) -> Data
         _cut_recording,
         batched=True,
         batch_size=1,
-        fn_kwargs={"sampling_rate": sampling_rate, "seconds": seconds},
+        fn_kwargs={"sampling_rate": sampling_rate, "seconds": seconds, "level": level},
         remove_columns=recordings.column_names,
         features=Features({**kept, "cycle_index": Value("int32"), **DECODED_FEATURES}),
         desc="Cut windows",
-        new_fingerprint=Hasher.hash([recordings._fingerprint, sampling_rate, seconds, *code]),
+        new_fingerprint=Hasher.hash([recordings._fingerprint, sampling_rate, seconds, level, *code]),
     )
     return windows.with_format("numpy", columns=["waveform"], output_all_columns=True)
 
 
-def _cut_recording(batch: Mapping[str, list[Any]], sampling_rate: int, seconds: float) -> dict[str, list[Any]]:
+def _cut_recording(
+    batch: Mapping[str, list[Any]], sampling_rate: int, seconds: float, level: float | None
+) -> dict[str, list[Any]]:
     """The windows of a batch of one recording."""
     row = {name: values[0] for name, values in batch.items()}
     waveform = recordings_audio.read_audio(row["audio"]["bytes"], sampling_rate)
+    gain = recordings_audio.gain_to(level, row["audio"]["bytes"])
     length = min(len(waveform), round(seconds * sampling_rate))
     columns: dict[str, list[Any]] = {name: [] for name in (*KEPT_COLUMNS, *DECODED_FEATURES) if name != "fold"}
     if "fold" in row:
@@ -130,7 +134,7 @@ def _cut_recording(batch: Mapping[str, list[Any]], sampling_rate: int, seconds: 
         if label is None:
             continue
         entropy, rms = entropy_and_rms(window, sampling_rate)
-        made = {"waveform": window, "entropy": entropy, "rms": rms, "label": label, "cycle_index": index}
+        made = {"waveform": gain * window, "entropy": entropy, "rms": rms, "label": label, "cycle_index": index}
         made |= {"recording_id": f"{row['recording_id']}@{start:g}"}
         for name, values in columns.items():
             values.append(made[name] if name in made else row[name])

@@ -16,10 +16,10 @@ import hf_datasets
 from modeling_qlung import QLungConfig, QLungFeatureExtractor, QLungForAudioClassification
 from modeling_qlung.evaluation import operating_points
 from modeling_qlung.evaluation.model_card import describe_operating_points
-from modeling_qlung.evaluation.operating_points import Scored, _half, score_recordings
+from modeling_qlung.evaluation.operating_points import Scored, score_recordings
 from modeling_qlung.evaluation.report import write_predictions
 from modeling_qlung.evaluation.tasks import FOUR_CLASS
-from modeling_qlung.inference import Analysis, LungSoundAnalyzer, OperatingPoints
+from modeling_qlung.inference import LungSoundAnalyzer, OperatingPoints
 from tests.encoders import TINY_AST
 
 
@@ -37,31 +37,24 @@ def test_the_best_threshold_lies_in_the_middle_of_its_gap():
     assert scored.best_threshold() == pytest.approx(0.5, abs=0.011)
 
 
-def test_what_is_told_has_the_auroc_of_scikit_learn():
+def test_scores_are_those_of_scikit_learn_within_their_intervals():
     rng = np.random.default_rng(0)
     truth = rng.random(200) < 0.3
     abnormal = np.clip(rng.normal(0.4 + 0.2 * truth, 0.2), 0, 1)
-    told = Scored(abnormal, truth, rng.integers(0, 40, 200).astype(str)).describe(0.5)
-    assert told.startswith(f"AUROC {100 * roc_auc_score(truth, abnormal):.1f} [")
-    assert f"sensitivity {100 * (abnormal[truth] >= 0.5).mean():.1f} [" in told
-    assert f"specificity {100 * (abnormal[~truth] < 0.5).mean():.1f} [" in told
+    scores = Scored(abnormal, truth, rng.integers(0, 40, 200).astype(str)).scores(0.5)
+    expected = [roc_auc_score(truth, abnormal), (abnormal[truth] >= 0.5).mean(), (abnormal[~truth] < 0.5).mean()]
+    for (value, low, high), of in zip(scores.values(), expected, strict=True):
+        assert value == pytest.approx(of)
+        assert low < value < high < low + 0.3
 
 
-@pytest.mark.parametrize(
-    ("start", "end", "expected"),
-    [(0.0, 0.5, 0.1), (0.0, 1.0, 0.8), (0.2, 1.0, 0.8), (0.0, 1.9, 0.3), (0.5, 2.0, 0.3), (0.6, 0.7, 0.8)],
-)
-def test_a_cycle_is_called_abnormal_where_half_of_it_is_marked(start, end, expected):
-    abnormal = np.array([0.1, 0.8, 0.3, 0.2])
-    edges = np.array([[0.0, 0.5], [0.5, 1.0], [1.0, 1.5], [1.5, 2.0]])
-    probabilities = np.stack([1 - abnormal, abnormal], axis=1)
-    analysis = Analysis(2.0, ["normal", "crackle"], 0, edges, probabilities, 0.5, False, None, [], [], True)
-    threshold = _half(analysis, start, end)
-    assert threshold == pytest.approx(expected)
-    for at, called in ((threshold, True), (threshold + 1e-6, False)):
-        spans = analysis.at(at).spans
-        marked = sum(max(0.0, min(end, span.end) - max(start, span.start)) for span in spans)
-        assert (marked >= (end - start) / 2 - 1e-9) == called
+def test_what_cannot_be_said_is_left_empty():
+    scored = Scored(np.array([0.1, 0.9]), np.array([True, True]), np.array(["a", "a"]))
+    assert scored.scores(0.5) == {
+        "AUROC": [None, None, None],
+        "sensitivity": [0.5, None, None],
+        "specificity": [None, None, None],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +83,7 @@ def run(some_recordings, tmp_path_factory):
         QLungConfig(encoder.to_dict(), id2label=names, label2id={name: index for index, name in names.items()})
     ).save_pretrained(folder)
     QLungFeatureExtractor(duration=1.0).save_pretrained(folder)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"dataset": "sprsound"}))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"dataset": "sprsound", "windows": 1.0, "level": 0.02}))
     cache = tmp_path_factory.mktemp("cache")
     recordings = hf_datasets.load(
         "sprsound", some_recordings, "recordings", "train", allow_missing_audio=True, cache_dir=cache
@@ -144,10 +137,25 @@ def test_the_command_writes_what_the_analyzer_reads(run, some_recordings, capsys
     at = points.at(points.threshold)["recordings"]
     assert at["sensitivity"] == pytest.approx(called[scored.truth].mean(), abs=1e-4)
     assert at["specificity"] == pytest.approx((~called[~scored.truth]).mean(), abs=1e-4)
-    assert "sprsound:train, recordings" in told
+    assert analyzer.level == points.level == 0.02
     assert "sprsound:train that were kept apart" in points.about
     card = describe_operating_points(points)
-    assert f"| recordings | {points.recordings['abnormal']} | {points.recordings['normal']} | " in card
+    assert card in told
+    of_patients = f"{points.recordings['abnormal']} | {points.recordings['normal']} | "
+    assert f"| patients kept apart | recordings | {of_patients}" in card
+    assert "\n| sprsound:train | cycles | " in card
+    assert f"| {100 * at['sensitivity']:.1f} (" in card
+
+
+def test_an_annotated_cycle_is_scored_as_where_a_person_gives_it(run):
+    folder, recordings, _ = run
+    analyzer = LungSoundAnalyzer.from_pretrained(folder)
+    row = next(row for row in recordings.data.to_pylist() if len(row["cycles"]) > 1)
+    _, cycles = score_recordings(analyzer, datasets.Dataset(pa.Table.from_pylist([row], recordings.data.schema)))
+    given = [(cycle["start"], cycle["end"]) for cycle in row["cycles"]]
+    found = analyzer(row["audio"]["bytes"], cycles=given)
+    np.testing.assert_array_equal(cycles.abnormal, found.abnormal)
+    assert cycles.truth.tolist() == [cycle["crackle"] or cycle["wheeze"] for cycle in row["cycles"]]
 
 
 def test_recordings_without_annotation_and_those_without_a_label_are_left_out(run):

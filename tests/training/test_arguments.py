@@ -144,6 +144,8 @@ def test_a_setting_of_the_loss_reaches_it():
         (["--also_train", "icbhi"], "--also_train icbhi: name dataset and split"),
         (["--also_train", "simulated:test"], "--also_train simulated:test is of the dataset that is trained on"),
         (["--also_train", "icbhi:test", "--also_test", "icbhi:test"], "--also_train icbhi:test is of the dataset"),
+        (["--level", "0.1"], "--level 0.1: give a positive RMS amplitude, and --windows with it"),
+        (["--level", "0", "--windows", "2"], "--level 0.0: give a positive RMS amplitude"),
         (["--windows", "0"], "--windows 0.0: give a positive length"),
         (["--windows", "2", "--task", "1-1"], "--windows 2.0: give a positive length in seconds, for the task 4-class"),
         (["--sampling_power", "0", "--windows", "2", "--train_parquet", "x"], "and --windows 2.0 cuts recordings"),

@@ -154,6 +154,27 @@ def test_windows_are_parts_of_annotated_recordings_half_a_window_apart(tmp_path)
     assert (windows[0]["entropy"], windows[0]["rms"]) == pytest.approx((entropy, rms))
 
 
+def test_windows_are_of_recordings_brought_to_one_level(tmp_path):
+    recordings = hf_datasets.load(
+        "simulated",
+        config="recordings",
+        train_patients=1,
+        test_patients=1,
+        recordings_per_patient=2,
+        cache_dir=tmp_path,
+    )["train"]
+    levelled, own = cut_windows(recordings, 16000, 2.0, level=0.05), cut_windows(recordings, 16000, 2.0)
+    gains = {}
+    for row in recordings.data.to_pylist():
+        samples, _ = soundfile.read(io.BytesIO(row["audio"]["bytes"]))
+        gains[row["recording_id"]] = 0.05 / samples.std()
+    assert len(levelled) == len(own) > 0
+    for brought, window in zip(levelled, own, strict=True):
+        gain = gains[window["recording_id"].partition("@")[0]]
+        np.testing.assert_allclose(brought["waveform"], gain * window["waveform"], rtol=1e-4, atol=1e-7)
+        assert (brought["entropy"], brought["rms"]) == (window["entropy"], window["rms"])
+
+
 def test_nobody_listened_to_poor_recordings_for_events(real_sprsound, tmp_path):
     recordings = hf_datasets.load("sprsound", real_sprsound, "recordings", "test_intra", cache_dir=tmp_path)
     labels = np.array(recordings["record_label"][:])

@@ -72,9 +72,12 @@ def test_a_run_that_has_not_ended_is_not_published(run_dir, name):
 def operating_points(rate: float) -> dict:
     rates = {"sensitivity": [1.0, 0.0], "specificity": [0.0, rate]}
     counts = {"abnormal": 1200, "normal": 3}
+    interval = [rate / 2, 0.25, 0.75]
+    scores = {**counts, "AUROC": [0.5, None, None], "sensitivity": interval, "specificity": interval}
     return {
         "about": "Measured here.", "window": 1.5, "hop": 0.5, "threshold": 0.5, "quality_threshold": 0.3, "patients": 1,
         "recordings": counts, "cycles": counts, "thresholds": [0.0, 1.0], "by_recording": rates, "by_cycle": rates,
+        "scores": [{"of": "patients kept apart", "recordings": scores, "cycles": scores}],
     }  # fmt: skip
 
 
@@ -93,7 +96,7 @@ def test_a_run_in_half_precision_opens_as_float32_and_answers_alike(run_dir, tmp
     torch.testing.assert_close(before.eval()(**inputs).logits, after.eval()(**inputs).logits, atol=2e-2, rtol=0)
     card = (folder / "README.md").read_text()
     assert 'repo = "space/model"' in card
-    assert "| recordings | 1,200 | 3 | 50.0 | 50.0 |" in card
+    assert "| patients kept apart | recordings | 1,200 | 3 | 50.0 | 50.0 (25.0–75.0) | 50.0 (25.0–75.0) |" in card
     assert "windows of 1.5 s" in card
     assert LungSoundAnalyzer.from_pretrained(folder).window == 0.5, "no longer than the model's input"
 
