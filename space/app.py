@@ -72,6 +72,7 @@ class Heard:
     picture: figures.Picture
     analysis: Analysis
     annotated: list[AnnotatedCycle]
+    annotation: str | None  # name of the file that told the cycles
 
 
 @functools.cache
@@ -139,7 +140,7 @@ def hear(path: str | None, threshold: float | None = None, annotation: str | Non
     except ValueError as error:
         raise UnusableInputError(str(error).replace(path, Path(path).name)) from error
     picture = figures.draw(samples, sampling_rate(), own_rate)
-    return Heard(Path(path).name, samples, picture, analysis, annotated)
+    return Heard(Path(path).name, samples, picture, analysis, annotated, annotation and Path(annotation).name)
 
 
 def analyze(recording: str, threshold: float | None = None, annotation: str | None = None) -> dict[str, Any]:
@@ -211,10 +212,16 @@ def details(heard: Heard) -> str:
 
 def _span_table(analysis: Analysis) -> str:
     rows = [
-        [str(number), f"{span.start:.1f}–{span.end:.1f}", wording.sounds(span.label), f"{span.probability:.2f}"]
+        [
+            str(number),
+            f"{span.start:.1f}–{span.end:.1f}",
+            wording.sounds(span.label),
+            f"{span.probability:.2f}",
+            f"{span.peak:.2f}",
+        ]
         for number, span in enumerate(analysis.spans, start=1)
     ]
-    headings = ["place", "time, s", "sound", "probability"]
+    headings = ["place", "time, s", "sound", "probability, mean", "of any abnormal sound, highest"]
     return figures.table(headings, rows, "Places marked") if rows else ""
 
 
@@ -229,7 +236,14 @@ def _cycle_table(heard: Heard) -> str:
         for cycle, label, abnormal in zip(heard.annotated, given, analysis.abnormal, strict=True)
     ]
     caption = f"Annotated cycles: the model agrees on {agreeing} of {len(rows)}"
-    return figures.table(["time, s", "annotated", "model", "P(abnormal)"], rows, caption)
+    table = figures.table(["time, s", "annotated", "model", "P(abnormal)"], rows, caption)
+    recording, annotation = Path(heard.name).stem, Path(heard.annotation or "").stem
+    if recording == annotation:
+        return table
+    return table + (
+        f'<p class="q-note">The cycles are from {escape(annotation)}, and the recording is {escape(recording)}: are '
+        "they of one another?</p>"
+    )
 
 
 def _downloads(heard: Heard) -> str:

@@ -8,6 +8,12 @@ NOT_A_DEVICE = (
     "Not a medical device. A small research model marks what resembles crackles and wheezes; it misses some and marks "
     "other sounds. Do not use it to diagnose, to triage or to reassure."
 )
+_ADVICE = {
+    "too quiet": "with the microphone on and held to the skin",
+    "clipped": "at a lower level",
+    "mains hum": "away from mains cables",
+    "handling noise": "without moving the stethoscope",
+}
 _SOUNDS = {"crackle": "crackles", "wheeze": "wheezes", "both": "crackles with wheezes"}
 
 
@@ -43,7 +49,8 @@ def _marked(analysis: Analysis) -> dict[str, str]:
 def caution(analysis: Analysis) -> str:
     """Say what the verdict does not mean."""
     if not analysis.can_tell:
-        return "What the model marked is drawn below all the same. Do not rely on it: record again, in a quiet room."
+        advice = next((_ADVICE[reason] for reason in analysis.reasons if reason in _ADVICE), "in a quiet room")
+        return f"What the model marked is drawn below all the same. Do not rely on it: record again, {advice}."
     if not analysis.spans:
         return "This does not mean that the lungs are healthy: sounds may be missed, or absent where it was recorded."
     return "Listen to each place before you believe it."

@@ -18,7 +18,7 @@ class Span:
         start: in s.
         end: in s.
         label: the abnormal class.
-        probability: mean over the span's steps of P(label).
+        probability: mean over the span's steps of P(label), which may lie below the threshold: that is of P(abnormal).
         peak: largest P(abnormal) among them.
     """
 
@@ -148,10 +148,11 @@ class Analysis:
         }
 
     def to_csv(self) -> str:
-        """Give the spans as a table, a row each: `start_s,end_s,label,probability`."""
+        """Give the spans as a table, a row each: `start_s,end_s,label,probability,peak`, as in [`Span`]."""
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["start_s", "end_s", "label", "probability"])
+        writer.writerow(["start_s", "end_s", "label", "probability", "peak"])
         for span in self.spans:
-            writer.writerow([f"{span.start:.3f}", f"{span.end:.3f}", span.label, f"{span.probability:.4f}"])
+            times, shares = (span.start, span.end), (span.probability, span.peak)
+            writer.writerow([*(f"{time:.3f}" for time in times), span.label, *(f"{share:.4f}" for share in shares)])
         return table.getvalue()

@@ -224,7 +224,8 @@ def _open_with_ffmpeg(program: str, path: Path, name: str) -> Iterator[tuple[int
             log.seek(0)
             lines = log.read().decode(errors="replace").replace(f"file:{path}: ", "").splitlines()
             reason = re.sub(r"^\[.*?\] ", "", lines[0]) if lines else f"it ended with {code}"  # "[mov @ 0x55d]"
-            return ValueError(f"{name} cannot be read as audio (ffmpeg: {reason}); give a WAV, FLAC or MP3 file.")
+            reason = f" (ffmpeg: {reason})" if "whitelist" not in reason else ": it is of no such format, or damaged"
+            return ValueError(f"{name} cannot be read as audio{reason}; give a WAV, FLAC, OGG, MP3 or M4A file.")
 
         def blocks(channels: int) -> Iterator[np.ndarray]:
             while data := decoded.read(4 * channels * BLOCK):

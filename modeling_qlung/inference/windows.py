@@ -85,12 +85,14 @@ def merge_windows(
         hop: of the windows, in samples.
 
     Returns:
-        Edges of the steps (steps, 2) in samples, from 0 to the recording's end, where the last one may be shorter; and
-        for each the mean of the rows of the windows that cover all of it, (steps, columns).
+        Edges of the steps (steps, 2) in samples, from 0 to the recording's end, where the last one lasts from half to
+        one and a half of a hop, if windows are that long; and for each the mean of the rows of the windows that cover
+        all of it, (steps, columns).
     """
     first = np.asarray(starts)
     last = first + np.asarray(lengths)
-    edges = np.append(np.arange(0, last[-1], hop), last[-1])
+    shortest = hop // 2 if 2 * lengths[0] >= 3 * hop else 1
+    edges = np.append(np.arange(0, max(last[-1] + 1 - shortest, 1), hop), last[-1])
     edges = np.stack([edges[:-1], edges[1:]], axis=1)
     begin = np.searchsorted(last, edges[:, 1])  # windows are in order: those that cover a step stand together
     end = np.searchsorted(first, edges[:, 0], side="right")

@@ -83,6 +83,10 @@ def test_annotated_cycles_are_scored_and_compared(app, record, tmp_path):
     page = app.details(result)
     assert "the model agrees on" in page
     assert "<td>2.5–5.2</td><td>both</td>" in page
+    assert "The cycles are from a, and the recording is noise: are they of one another?" in page
+    (tmp_path / "a.txt").rename(tmp_path / "noise.txt")
+    result = app.hear(str(record(seconds=6.0)), annotation=str(tmp_path / "noise.txt"))
+    assert "are they of one another" not in app.details(result)
 
 
 def test_attention_is_drawn_over_the_span(app, heard):

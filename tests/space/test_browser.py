@@ -15,7 +15,8 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium")
-ARGUMENTS = ["--no-sandbox", "--disable-background-networking", "--use-fake-ui-for-media-stream"]
+ARGUMENTS = ["--no-sandbox", "--disable-background-networking"]
+BEEPS = ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]  # Chromium's own microphone
 PHONE = {"width": 390, "height": 844}
 
 
@@ -24,7 +25,7 @@ def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("there is no chromium: the page is not tested in a browser")
     with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=[*ARGUMENTS, *BEEPS])
         yield opened
         opened.close()
 
@@ -110,6 +111,18 @@ def download(page: Any, name: str, folder: Path) -> Path:
     path = folder / started.value.suggested_filename
     started.value.save_as(path)
     return path
+
+
+def test_the_microphone_is_recorded_and_analyzed(page, tmp_path):
+    page.context.grant_permissions(["microphone"])
+    page.get_by_label("Record audio").first.click()
+    page.locator("button.record-button, button.record").first.click()
+    page.wait_for_timeout(4000)
+    page.locator("button.stop-button, button.stop-button-paused").first.click()
+    page.get_by_label("Clear").first.wait_for()
+    analyze(page)
+    content = json.loads(download(page, "Everything as JSON", tmp_path).read_text())
+    assert 2.5 < content["duration"] < 6.0
 
 
 def test_nothing_and_garbage_are_answered_in_words_and_the_page_lives_on(page, recording, tmp_path):

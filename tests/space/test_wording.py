@@ -57,7 +57,9 @@ def test_verdict(rows, fields, said):
 
 def test_nothing_marked_is_not_called_healthy():
     assert "does not mean that the lungs are healthy" in wording.caution(analysis(N))
-    assert "Do not rely on it" in wording.caution(analysis(C, can_tell=False))
+    assert "Do not rely on it: record again, in a quiet room." in wording.caution(analysis(C, can_tell=False))
+    clipped = analysis(C, can_tell=False, reasons=["speech or crying", "clipped"])
+    assert "record again, at a lower level." in wording.caution(clipped)
 
 
 def test_quality_names_its_reasons():
