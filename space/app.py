@@ -51,6 +51,7 @@ LAUNCH: dict[str, Any] = {
     "max_file_size": LARGEST_FILE,
     "footer_links": ["api", "gradio"],
     "ssr_mode": False,
+    "state_session_capacity": WAITING,  # each caller's page is remembered, 0.2 MB without a recording
 }
 USE = """```python
 from gradio_client import Client, handle_file

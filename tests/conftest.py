@@ -10,7 +10,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tests run beside each other
 
 
 def _recordings(name: str) -> Path:

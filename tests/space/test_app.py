@@ -76,6 +76,18 @@ def test_another_threshold_does_not_run_the_model(app, heard, monkeypatch):
     assert "Analyze it again" in app.move(None, 0.5)[1]
 
 
+def test_no_more_sessions_are_remembered_than_may_wait(app):
+    page = app.build()
+    page.launch(prevent_thread_lock=True, quiet=True, server_port=None, **app.LAUNCH)
+    try:
+        for number in range(app.WAITING + 20):
+            assert page.state_holder[str(number)] is page.state_holder[str(number)]
+        assert app.WAITING <= len(page.state_holder.session_data) <= app.WAITING + 1
+        assert str(app.WAITING + 19) in page.state_holder
+    finally:
+        page.close()
+
+
 def test_annotated_cycles_are_scored_and_compared(app, record, tmp_path):
     (tmp_path / "a.txt").write_text("0.5\t2.5\t0\t0\n2.5\t5.25\t1\t1\n")
     result = app.hear(str(record(seconds=6.0)), annotation=str(tmp_path / "a.txt"))
