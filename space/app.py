@@ -10,12 +10,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # a clone's package; a Space has it beside this file
@@ -53,6 +53,8 @@ LAUNCH: dict[str, Any] = {
     "ssr_mode": False,
     "state_session_capacity": WAITING,  # each caller's page is remembered, 0.2 MB without a recording
 }
+P = ParamSpec("P")
+R = TypeVar("R")
 USE = """```python
 from gradio_client import Client, handle_file
 
@@ -88,6 +90,26 @@ def sampling_rate() -> int:
     return analyzer().feature_extractor.sampling_rate
 
 
+def on_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Run a function where the model is. ZeroGPU does so in a process whose errors lose their words on the way."""
+
+    @on_gpu
+    def attempt(*args: P.args, **kwargs: P.kwargs) -> R | UnusableInputError:
+        try:
+            return function(*args, **kwargs)
+        except ValueError as error:
+            return UnusableInputError(str(error))
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        result = attempt(*args, **kwargs)
+        if isinstance(result, UnusableInputError):
+            raise result
+        return result
+
+    return run
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """End what the model does between two batches, once its time is over. One request runs at a time.
@@ -110,14 +132,14 @@ def time_limit(seconds: float) -> Iterator[None]:
         hook.remove()
 
 
-@on_gpu
+@on_device
 def run_model(path: str, threshold: float | None, cycles: list[tuple[float, float]] | None) -> Analysis:
     """Analyze a file that was checked before."""
     with time_limit(TIME_LIMIT):
         return analyzer()(path, threshold=threshold, cycles=cycles)
 
 
-@on_gpu
+@on_device
 def run_attention(samples: np.ndarray, span: Span) -> np.ndarray:
     """Give the attention over one span, (frequency patches, time patches)."""
     with time_limit(TIME_LIMIT):
@@ -138,7 +160,7 @@ def hear(path: str | None, threshold: float | None = None, annotation: str | Non
     annotated = read_cycles(annotation, len(samples) / sampling_rate()) if annotation else []
     try:
         analysis = run_model(path, threshold, [(cycle.start, cycle.end) for cycle in annotated] or None)
-    except ValueError as error:
+    except UnusableInputError as error:
         raise UnusableInputError(str(error).replace(path, Path(path).name)) from error
     picture = figures.draw(samples, sampling_rate(), own_rate)
     return Heard(Path(path).name, samples, picture, analysis, annotated, annotation and Path(annotation).name)
@@ -292,7 +314,7 @@ def attention(heard: Heard | None, index: int | None) -> str:
     span = heard.analysis.spans[index]
     try:
         found = run_attention(heard.samples, span)
-    except ValueError as error:  # an encoder without patches in time
+    except UnusableInputError as error:  # an encoder without patches in time
         return refusal(str(error))
     return figures.attention_picture(found, heard.samples, sampling_rate(), heard.picture.top, span)
 

@@ -4,7 +4,10 @@ import base64
 import csv
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,52 @@ def test_another_threshold_does_not_run_the_model(app, heard, monkeypatch):
     assert "were marked" in verdict
     assert again.analysis.probabilities is heard.analysis.probabilities
     assert "Analyze it again" in app.move(None, 0.5)[1]
+
+
+def test_on_zero_gpu_the_model_runs_in_a_process_of_its_own_and_errors_keep_their_words(checkpoint, record, tmp_path):
+    """A stand-in of `spaces`: like it, it forks, pickles what goes in and out, and passes an error's name alone."""
+    (tmp_path / "spaces.py").write_text("""
+import functools, multiprocessing, os, pickle
+ran = []
+def GPU(duration):
+    def decorate(function):
+        def run(*args):
+            context = multiprocessing.get_context("fork")
+            queue = context.SimpleQueue()
+            def work():
+                try:
+                    result = function(*pickle.loads(pickle.dumps(args)))
+                except Exception as error:
+                    result = RuntimeError(type(error).__name__)
+                queue.put((os.getpid(), result))
+            context.Process(target=work).start()
+            process, result = queue.get()
+            ran.append(process)
+            if isinstance(result, RuntimeError):
+                raise result
+            return result
+        return lambda *args, **kwargs: run(*args, *kwargs.values())
+    return decorate
+""")
+    script = f"""
+import os, sys
+sys.path.insert(0, {str(SPACE)!r})
+import app, numpy, spaces
+heard = app.hear(sys.argv[1], 0.0)
+numpy.testing.assert_allclose(heard.analysis.probabilities, app.analyzer()(sys.argv[1]).probabilities, atol=1e-6)
+assert "data:image/webp" in app.attention(heard, 0)
+app.TIME_LIMIT = -1.0
+try:
+    app.hear(sys.argv[1])
+except app.UnusableInputError as error:
+    print(error)
+assert len(spaces.ran) == 3 and os.getpid() not in spaces.ran, spaces.ran
+"""
+    environment = {**os.environ, "QLUNG_MODEL": str(checkpoint), "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", script, record()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "took longer than -1 s and was ended. Try a shorter recording." in done.stdout
 
 
 def test_no_more_sessions_are_remembered_than_may_wait(app):
