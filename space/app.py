@@ -244,8 +244,12 @@ def _span_table(analysis: Analysis) -> str:
         ]
         for number, span in enumerate(analysis.spans, start=1)
     ]
-    headings = ["place", "time, s", "sound", "probability, mean", "of any abnormal sound, highest"]
-    return figures.table(headings, rows, "Places marked") if rows else ""
+    if not rows:
+        return ""
+    table = figures.table(["place", "time, s", "sound", "P(sound)", "P(any)"], rows, "Places marked")
+    return (
+        f'{table}<p class="q-note">P(sound): mean probability of that sound. P(any): highest of any abnormal one.</p>'
+    )
 
 
 def _cycle_table(heard: Heard) -> str:
