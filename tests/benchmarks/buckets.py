@@ -5,7 +5,7 @@
 FOLDER holds icbhi_2017 and sprsound_2022; their annotations alone are read. A whole training step (filterbank,
 SpecAugment, forward, backward, AdamW, bf16, the faster of eager and fused attention) is timed at each length, and the
 lengths are weighted by how many rows of an epoch the sampler puts into batches of each. The reference is the step at
-8 s of the same run.
+8 s of the same run. AdamW's update, which costs a batch of short clips as much as one of long ones, is timed alone too.
 """
 
 import json
@@ -109,17 +109,30 @@ def training_step(
     return step
 
 
-def seconds_per_clip(model: QLungForAudioClassification, batch_size: int) -> np.ndarray:
-    """Time a step at each length, and give the share of one clip."""
+def update(model: QLungForAudioClassification, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Make a step of the optimizer alone."""
+    gradients = [torch.zeros_like(parameter) for parameter in model.parameters()]
+
+    def step() -> None:
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def seconds_per_clip(model: QLungForAudioClassification, batch_size: int) -> tuple[np.ndarray, float]:
+    """Time a step at each length, and the update alone, and give the share of one clip of each."""
     kernels, optimizer = ("eager", "sdpa"), torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
     cases = {
         f"{kernel} {length}": training_step(model, optimizer, length, batch_size, kernel)
         for kernel in kernels
         for length in EXTRACTOR.clip_lengths
     }
-    timings = measure(cases, repeats=3)
+    timings = measure({**cases, "update": update(model, optimizer)}, repeats=3)
     medians = [[timings[f"{kernel} {length}"].median for length in EXTRACTOR.clip_lengths] for kernel in kernels]
-    return np.min(medians, axis=0) / batch_size
+    return np.min(medians, axis=0) / batch_size, timings["update"].median / batch_size
 
 
 def main() -> None:
@@ -132,22 +145,26 @@ def main() -> None:
     }
     batches = ", ".join(f"{name} {size}" for name, size in BATCH_SIZES.items())
     print(f"{machine()}; clips per batch: {batches}\n")
-    seconds, counts = {}, {}
+    seconds, updates, counts = {}, {}, {}
     for name, sizes in SIZES.items():
-        seconds[name] = seconds_per_clip(build(sizes).to(DEVICE).train(), BATCH_SIZES[name])
+        seconds[name], updates[name] = seconds_per_clip(build(sizes).to(DEVICE).train(), BATCH_SIZES[name])
         counts[name] = np.array(operations(sizes), dtype=float)
     lengths = [f"{duration:g} s" for duration in EXTRACTOR.durations or ()]
     print_table(
-        ["one training step", *(f"ms per clip, {length}" for length in lengths), "GFLOP per clip, forward"],
-        [[name, *(f"{1e3 * value:.1f}" for value in seconds[name]), _joined(counts[name] / 1e9)] for name in SIZES],
+        ["one training step", *(f"ms per clip, {length}" for length in lengths), "of it update", "GFLOP, forward"],
+        [
+            [name, *(f"{1e3 * value:.1f}" for value in (*seconds[name], updates[name])), _joined(counts[name] / 1e9)]
+            for name in SIZES
+        ],
     )
     print()
     rows = []
     for name, values in data.items():
         shares = trained_shares(values)
-        ratios = [f"{cost[-1] / (shares @ cost):.2f}" for size in SIZES for cost in (counts[size], seconds[size])]
+        costs = [cost for size in SIZES for cost in (counts[size], seconds[size], seconds[size] - updates[size])]
+        ratios = [f"{cost[-1] / (shares @ cost):.2f}" for cost in costs]
         rows.append([name, len(values), *(f"{100 * share:.1f} %" for share in shares), *ratios])
-    kinds = [f"{size}, {kind}" for size in SIZES for kind in ("by operations", "measured")]
+    kinds = [f"{size}, {kind}" for size in SIZES for kind in ("by operations", "measured", "but for the update")]
     print_table(["clips per second against 8 s for all", "rows", *lengths, *kinds], rows)
 
 
