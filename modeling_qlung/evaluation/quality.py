@@ -10,12 +10,15 @@ ever scored by a function that was fitted on its child. Other datasets are score
 import argparse
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hf_datasets.labels import EVENT_TYPES
 
 from ..inference import resample
 from .noises import DEGRADATIONS, degrade
@@ -29,6 +32,7 @@ from .quality_measures import (
     monotonicity,
     rank_correlation,
     refused,
+    removal,
 )
 from .quality_scores import RATE, SCORES, Fitted, Recordings, Score, choose, load, measure
 from .quality_tables import to_markdown
@@ -39,6 +43,15 @@ GOOD_RECORDINGS, POOR_RECORDINGS = 100, 50  # that are degraded and changed; of 
 GAINS_DB = (-20, -10, 10, 20)
 RATES = (4000, 8000, 44100)
 SECONDS = (3, 5)
+# Compared with each other: parts of one length that share no sample, and one part at two lengths.
+PAIRS = (("first half", "second half"), ("first 3 s", "last 3 s"), ("first 3 s", "first 3 s thrice"))
+FINDINGS = {
+    "wheezes, rhonchi, stridor": ("Wheeze", "Rhonchi", "Stridor", "Wheeze+Crackle"),
+    "crackles": ("Coarse Crackle", "Fine Crackle", "Wheeze+Crackle"),
+}
+CONTROLS = ("other sound", "normal breaths")  # cut out instead: the first may be pauses
+DRAWS, TRIES = 5, 20  # of each control, and to find room for one
+FADE = RATE // 100  # 10 ms
 _QUIETEST = 10 * 2.0**-15  # RMS: ten steps of 16 bit
 
 # ---- What is measured of each score; every function gives {score's name: result} ----
@@ -104,7 +117,7 @@ def changed(waveform: NDArray) -> dict[str, NDArray | None]:
     """Give what of a recording (samples,) should score as it does: other gains, rates it once had, and lengths.
 
     None stands for gains that would clip it or bring it near the quantisation noise of 16 bit (an RMS of less than ten
-    steps), and for parts as long as the whole.
+    steps), for parts as long as the whole, and for a last part that shares samples with the first of its length.
     """
     copies: dict[str, NDArray | None] = {}
     for gain_db in GAINS_DB:
@@ -116,24 +129,34 @@ def changed(waveform: NDArray) -> dict[str, NDArray | None]:
     half = len(waveform) // 2
     parts = {"first half": waveform[:half], "second half": waveform[half:]}
     parts |= {f"first {seconds} s": waveform[: seconds * RATE] for seconds in SECONDS}
+    parts["last 3 s"] = waveform[-3 * RATE :] if len(waveform) >= 6 * RATE else waveform[:0]
+    thrice = np.tile(parts["first 3 s"], 3) if len(parts["first 3 s"]) < len(waveform) else None
     copies |= {name: part if 0 < len(part) < len(waveform) else None for name, part in parts.items()}
-    return {**copies, "twice over": np.tile(waveform, 2)}
+    return {**copies, "first 3 s thrice": thrice, "twice over": np.tile(waveform, 2)}
 
 
 def stays(fitted: Sequence[Fitted], recordings: Recordings) -> dict[str, Any]:
-    """Change what should not matter of good and of poor recordings; {score: {change: ...}}."""
+    """Change what should not matter of good and of poor recordings, and compare `PAIRS`; {score: {change: ...}}."""
     good = choose(recordings, ~recordings.poor, GOOD_RECORDINGS)
     chosen = np.concatenate([good, choose(recordings, recordings.poor, POOR_RECORDINGS)])
-    results: dict[str, Any] = {one.name: {} for one in fitted}
     copies = [changed(recordings.waveforms[index]) for index in chosen]
+    after = {one.name: {"as recorded": one.out_of_fold[0][chosen]} for one in fitted}
     for kind in copies[0]:
-        made = [of_one[kind] is not None for of_one in copies]
+        made = np.array([of_one[kind] is not None for of_one in copies])
         measured = measure((c for of_one in copies if (c := of_one[kind]) is not None), [one.score for one in fitted])
         for one in fitted:
-            before = one.out_of_fold[0][chosen[made]]
-            after = one.on_unseen(measured[one.score.measure], chosen[made])
-            results[one.name][kind] = change(before, after, one.threshold)
-    return results
+            after[one.name][kind] = np.full(len(chosen), np.nan)
+            after[one.name][kind][made] = one.on_unseen(measured[one.score.measure], chosen[made])
+    compared = {kind: ("as recorded", kind) for kind in copies[0]}
+    compared |= {f"{second} against {first}": (first, second) for first, second in PAIRS}
+    poor = recordings.poor[chosen]
+    return {
+        one.name: {
+            name: change(after[one.name][first], after[one.name][second], one.threshold, poor)
+            for name, (first, second) in compared.items()
+        }
+        for one in fitted
+    }
 
 
 def ignores_findings(fitted: Sequence[Fitted], recordings: Recordings) -> dict[str, Any]:
@@ -151,6 +174,102 @@ def ignores_findings(fitted: Sequence[Fitted], recordings: Recordings) -> dict[s
             "events": class_dependence(of_events, types, "Normal", patients[source]),
         }
     return results
+
+
+Spans = list[tuple[int, int]]  # first sample and the one after the last, rising, apart
+
+
+def without_findings(fitted: Sequence[Fitted], recordings: Recordings, seed: int = 0) -> dict[str, Any]:
+    """Cut the findings out of good recordings, and instead as much of a control in pieces of the same lengths.
+
+    A control is drawn from the same recording, `DRAWS` times: any sound that is not of an abnormal event, or that of
+    normal events alone, since a loss of breath may lower a score by itself. Recordings where it finds no room are left
+    out, and counted.
+
+    Returns:
+        {score: {name in `FINDINGS`: {name in `CONTROLS`: see `removal`, with `left_out`}}}.
+    """
+    rng = np.random.default_rng(seed)
+    results: dict[str, Any] = {one.name: {finding: {} for finding in FINDINGS} for one in fitted}
+    for finding, control in product(FINDINGS, CONTROLS):
+        cuts, left_out = _cuts(recordings, FINDINGS[finding], control, rng)
+        chosen = np.array([*cuts], dtype=int)
+        copies = (without(recordings.waveforms[index], spans) for index, of_one in cuts.items() for spans in of_one)
+        measured = measure(copies, [one.score for one in fitted])
+        for one in fitted:
+            after = one.on_unseen(measured[one.score.measure], np.repeat(chosen, 1 + DRAWS))
+            moved = after.reshape(-1, 1 + DRAWS) - one.out_of_fold[0][chosen, None]
+            about = removal(moved[:, 0], moved[:, 1:].mean(axis=1), recordings.patients[chosen])
+            results[one.name][finding][control] = {**about, "left_out": left_out}
+    return results
+
+
+def _cuts(
+    recordings: Recordings, types: Sequence[str], control: str, rng: np.random.Generator
+) -> tuple[dict[int, list[Spans]], int]:
+    """{good recording with such events: [where they are, *draws]}, and how many have no room for the control."""
+    cuts, left_out = {}, 0
+    for index in np.flatnonzero(~recordings.poor).tolist():
+        samples, events = len(recordings.waveforms[index]), recordings.table["cycles"].iloc[index]
+        found, normal, abnormal = (
+            within(events, names, samples) for names in (types, EVENT_TYPES[:1], EVENT_TYPES[1:])
+        )
+        room = runs(~abnormal if control == "other sound" else normal & ~abnormal)
+        draws = [spans for _ in range(DRAWS) if (spans := elsewhere(runs(found), room, rng))]
+        if len(draws) == DRAWS:
+            cuts[index] = [runs(found), *draws]
+        elif found.any():
+            left_out += 1
+    return cuts, left_out
+
+
+def within(events: Iterable[Mapping[str, Any]], types: Sequence[str], samples: int) -> NDArray:
+    """Give which samples (samples,) of a recording lie within events of these types."""
+    mask = np.zeros(samples, dtype=bool)
+    for event in events:
+        if EVENT_TYPES[event["event_type"]] in types:
+            mask[int(event["start"] * RATE) : int(event["end"] * RATE)] = True
+    return mask
+
+
+def runs(mask: NDArray) -> Spans:
+    """Give where a mask (samples,) is true."""
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0)).tolist()
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def elsewhere(spans: Spans, room: Spans, rng: np.random.Generator) -> Spans | None:
+    """Draw spans of the same lengths, the longest first, anywhere in the room there is; None where they do not fit."""
+    lengths = sorted((stop - start for start, stop in spans), reverse=True)
+    for _ in range(TRIES):
+        gaps, placed = list(room), []
+        for length in lengths:
+            starts = np.array([max(0, stop - start - length + 1) for start, stop in gaps])
+            if not starts.any():
+                break
+            gap = int(rng.choice(len(gaps), p=starts / starts.sum()))
+            low, high = gaps.pop(gap)
+            place = low + int(rng.integers(starts[gap]))
+            placed.append((place, place + length))
+            gaps += [(low, place), (place + length, high)]
+        else:
+            return sorted(placed)
+    return None
+
+
+def without(waveform: NDArray, spans: Spans) -> NDArray:
+    """Cut spans out of a recording (samples,) and cross-fade what is left over `FADE` samples.
+
+    Ends put together as they are would click, and a click is a fault of a recording.
+    """
+    edges = [0, *(edge for span in spans for edge in span), len(waveform)]
+    first, *rest = [waveform[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+    for part in rest:
+        overlap = min(FADE, len(first), len(part))
+        rise = np.linspace(0, 1, overlap, dtype=np.float32)
+        seam = first[-overlap:] * (1 - rise) + part[:overlap] * rise
+        first = np.concatenate([first[:-overlap], seam, part[overlap:]])
+    return first
 
 
 def reads_device(fitted: Sequence[Fitted], icbhi: Recordings) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -217,6 +336,7 @@ def evaluate(
         "simulated": lambda: follows_simulated_noise(fitted),
         "invariance": lambda: stays(fitted, train),
         "findings": lambda: ignores_findings(fitted, train),
+        "removal": lambda: without_findings(fitted, train),
     }
     for name, experiment in experiments.items():
         logger.info("%s ...", name)

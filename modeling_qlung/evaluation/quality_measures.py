@@ -168,27 +168,58 @@ def rank_correlation(first: ArrayLike, second: ArrayLike) -> float | None:
     return float(np.corrcoef(ranks["first"], ranks["second"])[0, 1])
 
 
-def change(before: NDArray, after: NDArray, threshold: float) -> dict[str, Any]:
+def change(before: NDArray, after: NDArray, threshold: float, poor: NDArray) -> dict[str, Any]:
     """Measure how far the score of recordings moves under what should not matter.
 
     Args:
-        before: (n,) scores as recorded.
-        after: (n,) scores of the same recordings, changed.
+        before: (n,) scores as recorded, or of one part.
+        after: (n,) scores of the same recordings, changed, or of another part; NaN where either is not there.
         threshold: below it a recording is called poor.
+        poor: (n,) bool.
 
     Returns:
         `mean` and `p95` (95th percentile) of the absolute change, `spearman`, `crossing` (share of recordings called
-        otherwise) and `n`; None instead of each where there is no recording.
+        otherwise), mean change with its sign of `usable` and of `poor` recordings, and `n`; None instead of each where
+        there is no recording.
     """
+    there = ~np.isnan(before + after)
+    before, after, poor = before[there], after[there], poor[there]
     if not len(before):
-        return {"mean": None, "p95": None, "spearman": None, "crossing": None, "n": 0}
-    moved = np.abs(after - before)
+        return {**dict.fromkeys(("mean", "p95", "spearman", "crossing", "usable", "poor")), "n": 0}
+    moved = after - before
     return {
-        "mean": float(moved.mean()),
-        "p95": float(np.quantile(moved, 0.95)),
+        "mean": float(np.abs(moved).mean()),
+        "p95": float(np.quantile(np.abs(moved), 0.95)),
         "spearman": rank_correlation(before, after),
         "crossing": float(((before < threshold) != (after < threshold)).mean()),
+        "usable": float(moved[~poor].mean()) if not poor.all() else None,
+        "poor": float(moved[poor].mean()) if poor.any() else None,
         "n": len(before),
+    }
+
+
+def removal(removed: NDArray, control: NDArray, patients: NDArray) -> dict[str, Any]:
+    """Compare how the score moves when a finding is cut out with how it moves when as much of a control is.
+
+    Args:
+        removed: (n,) change of each recording's score without the finding.
+        control: (n,) change without the control, mean over draws.
+        patients: (n,) patient of each.
+
+    Returns:
+        Mean change `removed` and `control`, their paired `difference`, above 0 where the finding itself lowers the
+        score, its 95 % `interval` by patient, `n` and `patients`; None where there is no recording.
+    """
+    if not len(removed):
+        return {**dict.fromkeys(("removed", "control", "difference", "interval")), "n": 0, "patients": 0}
+    paired = removed - control
+    return {
+        "removed": float(removed.mean()),
+        "control": float(control.mean()),
+        "difference": float(paired.mean()),
+        "interval": weighted_ci(patients, lambda weights: weights @ paired / weights.sum(axis=1)),
+        "n": len(paired),
+        "patients": len(set(patients)),
     }
 
 

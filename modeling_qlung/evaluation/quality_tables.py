@@ -17,6 +17,7 @@ def to_markdown(results: Results) -> str:
         "simulated": ("Simulated recordings: rank correlation of score and signal-to-noise ratio", _simulated),
         "invariance": ("What should not matter: change of the score", _invariance),
         "findings": ("Among good recordings: AUROC of normal above abnormal; 0.5 is blind to it", _findings),
+        "removal": ("Good recordings without their findings, or without as much else: change of the score", _removal),
         "devices": ("ICBHI's stethoscopes", _devices),
     }
     present = [(title, lines(results[name])) for name, (title, lines) in sections.items() if name in results]
@@ -94,9 +95,10 @@ def _invariance(results: Results) -> list[str]:
         head = [f"`{name}`", "recordings", "mean", "95th percentile", "rank correlation", "called otherwise"]
         rows = []
         for kind, found in changes.items():
-            moved = (_number(found[key]) for key in ("mean", "p95", "spearman"))
-            rows.append([kind.replace("-", "−"), str(found["n"]), *moved, _percent(found["crossing"])])
-        lines += [*_table(head, rows), ""]
+            moved = [_number(found[key]) for key in ("mean", "p95", "spearman")]
+            signed = [_number(found[key], "+.3f") for key in ("usable", "poor")]
+            rows.append([kind.replace("-", "−"), str(found["n"]), *moved, _percent(found["crossing"]), *signed])
+        lines += [*_table([*head, "up or down: usable", "poor"], rows), ""]
     return lines[:-1]
 
 
@@ -108,6 +110,18 @@ def _findings(results: Results) -> list[str]:
             cells = [f"{_number(f['auroc'], '.2f')} {format_interval(f['interval'])}" for f in found]
             rows.append([f"{label} {unit}", str(about["n"]), str(about["patients"]), *cells])
     return _table(["", "n", "children", *(f"`{name}`" for name in results)], rows)
+
+
+def _removal(results: Results) -> list[str]:
+    counted, moved = ["recordings", "children", "left out"], ["change", "instead", "difference", "95 %"]
+    rows = []
+    for name, findings in results.items():
+        for finding, control, found in ((f, c, found) for f, of in findings.items() for c, found in of.items()):
+            counts = [str(found[key]) for key in ("n", "patients", "left_out")]
+            changes = [_number(found[key], "+.3f") for key in ("removed", "control", "difference")]
+            ends = ", ".join(_number(end, "+.3f") for end in found["interval"] or ())
+            rows.append([f"`{name}`", finding, control, *counts, *changes, f"[{ends}]" if ends else "–"])
+    return _table(["", "cut out", "or instead", *counted, *moved], rows)
 
 
 def _devices(results: Results) -> list[str]:

@@ -13,10 +13,23 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+import hf_datasets
 from modeling_qlung.evaluation import quality
 from modeling_qlung.evaluation.bootstrap import weighted_ci
 from modeling_qlung.evaluation.noises import DEGRADATIONS, NOISES, SNR_DB, add_noise, clip, degrade, drop, synthesize
-from modeling_qlung.evaluation.quality import changed, ignores_findings, reads_device, stays, tells_poor
+from modeling_qlung.evaluation.quality import (
+    FADE,
+    changed,
+    elsewhere,
+    ignores_findings,
+    reads_device,
+    runs,
+    stays,
+    tells_poor,
+    within,
+    without,
+    without_findings,
+)
 from modeling_qlung.evaluation.quality_measures import (
     best_threshold,
     calibration,
@@ -27,6 +40,7 @@ from modeling_qlung.evaluation.quality_measures import (
     monotonicity,
     rank_correlation,
     refused,
+    removal,
     weighted_auroc,
     weighted_average_precision,
 )
@@ -174,13 +188,29 @@ def test_rank_correlation_is_that_of_scipy():
 
 def test_change_counts_what_is_called_otherwise():
     before, after = np.array([0.2, 0.4, 0.6, 0.8]), np.array([0.2, 0.6, 0.6, 0.4])
-    found = change(before, after, 0.5)
+    poor = np.array([True, True, False, False])
+    found = change(before, after, 0.5, poor)
     assert found["mean"] == pytest.approx(0.15)
     assert found["p95"] == pytest.approx(np.percentile([0, 0.2, 0, 0.4], 95))
     assert found["crossing"] == 0.5
+    assert (found["poor"], found["usable"]) == pytest.approx((0.1, -0.2))  # up and down
     assert found["n"] == 4
-    assert change(before, before, 0.5)["spearman"] == pytest.approx(1)
-    assert change(before[:0], after[:0], 0.5)["mean"] is None
+    assert change(before, before, 0.5, poor)["spearman"] == pytest.approx(1)
+    there = change(before, np.where(poor, after, np.nan), 0.5, poor)
+    assert (there["n"], there["mean"], there["usable"]) == (2, pytest.approx(0.1), None)
+    assert set(change(before, np.full(4, np.nan), 0.5, poor).values()) == {None, 0}
+
+
+def test_removal_compares_within_recordings():
+    patients = np.repeat(np.arange(20), 2)
+    control = np.random.default_rng(10).standard_normal(40)  # moves a lot, and the finding's removal with it
+    found = removal(control + np.tile([0.1, 0.3], 20), control, patients)
+    assert found["difference"] == pytest.approx(found["removed"] - found["control"]) == pytest.approx(0.2)
+    assert found["interval"] == pytest.approx([0.2, 0.2])
+    assert (found["n"], found["patients"]) == (40, 20)
+    shifted = removal(control + (patients < 10), control, patients)["interval"]
+    assert 0.2 < shifted[0] < 0.5 < shifted[1] < 0.8  # half of the children: their number is drawn
+    assert removal(control[:0], control[:0], patients[:0])["difference"] is None
 
 
 def test_a_score_that_reads_the_finding_is_exposed():
@@ -387,22 +417,24 @@ def test_entropy_rms_is_the_published_score():
 
 
 def test_a_score_that_reads_loudness_is_exposed():
-    recordings = made_recordings()
+    recordings = made_recordings(5)
     loudness = fitted_to(score_of(lambda waveform: 1 / (1 + 50 * rms(waveform))), recordings)
     crossings = fitted_to(score_of(lambda waveform: np.mean(np.diff(np.sign(waveform)) != 0)), recordings)
     assert tells_poor([loudness], recordings)["score"]["auroc"]["mean"] == 1.0
     found, blind = (stays([one], recordings)["score"] for one in (loudness, crossings))
     assert found["gain +10 dB"]["mean"] > 0.1
     assert found["gain +10 dB"]["crossing"] > 0.5
-    assert {key: blind["gain +10 dB"][key] for key in ("mean", "p95", "crossing", "n")} == {
+    assert {key: blind["gain +10 dB"][key] for key in ("mean", "p95", "crossing", "usable", "poor", "n")} == {
         "mean": 0,
         "p95": 0,
         "crossing": 0,
-        "n": 40,
+        "usable": 0,
+        "poor": 0,
+        "n": 20,
     }
     assert blind["gain +10 dB"]["spearman"] == pytest.approx(1)
-    assert found["gain +20 dB"]["n"] == 30  # the poor ones, peaks at 0.2, would clip
-    assert found["gain -20 dB"]["n"] == 40
+    assert found["gain +20 dB"]["n"] == 15  # the poor ones, peaks at 0.2, would clip
+    assert found["gain -20 dB"]["n"] == 20
     assert found["twice over"]["mean"] < 1e-6
 
 
@@ -418,8 +450,23 @@ def test_a_score_that_reads_rate_or_length_is_exposed():
     found = stays([length], recordings)["score"]
     assert found["first half"]["mean"] == pytest.approx(0.128)
     assert found["twice over"]["mean"] == pytest.approx(0.256)
-    assert found["first 5 s"]["n"] == 0
+    assert (found["first half"]["usable"], found["twice over"]["poor"]) == pytest.approx((-0.128, 0.256))
+    assert found["second half against first half"]["mean"] == 0  # equally long
+    assert found["first 3 s thrice against first 3 s"]["usable"] == pytest.approx(2 * 0.24)
+    assert found["first 5 s"]["n"] == found["last 3 s against first 3 s"]["n"] == 0
     assert found["gain -10 dB"]["mean"] == 0
+
+
+def test_a_score_that_reads_what_parts_hold_is_told_from_one_that_reads_length():
+    recordings = made_recordings(5, seconds=6.4)
+    for waveform in recordings.waveforms:
+        waveform[-3 * RATE :] = 0.5
+    content = fitted_to(score_of(lambda waveform: float(np.mean(waveform))), recordings)
+    found = stays([content], recordings)["score"]
+    assert found["last 3 s against first 3 s"]["usable"] == pytest.approx(0.5, abs=1e-3)
+    assert found["first 3 s thrice against first 3 s"]["mean"] < 1e-6
+    assert found["first 3 s"]["mean"] == pytest.approx(0.5 * 3 / 6.4, abs=1e-3)
+    assert found["twice over"]["mean"] < 1e-6
 
 
 def test_gains_that_clip_or_drown_are_left_out():
@@ -454,14 +501,97 @@ def test_events_and_devices_are_compared():
     assert drawn["score"]["cycles"]["d0"] == pytest.approx(np.full(18, 0.2))
 
 
+def test_a_finding_that_lowers_the_score_is_told_from_a_loss_of_sound():
+    recordings = made_recordings(8)
+    for waveform, label in zip(recordings.waveforms, recordings.table["record_label"], strict=True):
+        if label == "CAS":
+            waveform[round(0.2 * RATE) : round(0.7 * RATE)] = waveform[RATE : round(1.5 * RATE)] = 0.5
+    reads_wheezes = score_of(lambda waveform: 1 - float(np.mean(waveform > 0.3)))
+    reads_length = score_of(lambda waveform: len(waveform) / 100_000)
+    fitted = [fitted_to(reads_wheezes, recordings, "wheezes"), fitted_to(reads_length, recordings, "length")]
+    found = without_findings(fitted, recordings)
+    wheezes, crackles = (of_controls["other sound"] for of_controls in found["wheezes"].values())
+    assert wheezes["removed"] == pytest.approx(1 / 3.2)
+    assert wheezes["control"] == pytest.approx(1 / 3.2 - 1 / 2.2, abs=5e-3)  # what is left holds more of them
+    assert wheezes["interval"][0] > 0.4
+    assert (wheezes["n"], wheezes["patients"], wheezes["left_out"]) == (8, 8, 0)
+    assert crackles["removed"] == crackles["control"] == crackles["difference"] == 0
+    for of_controls in found["length"].values():
+        assert of_controls["other sound"]["removed"] == pytest.approx(-0.16, abs=5e-3)
+        assert of_controls["other sound"]["difference"] == pytest.approx(0, abs=2e-3)  # no seam at an end
+        nowhere = of_controls["normal breaths"]
+        assert (nowhere["n"], nowhere["left_out"], nowhere["difference"]) == (0, 8, None)
+    assert found == without_findings(fitted, recordings)
+
+
+def test_a_loss_of_breath_is_told_from_the_finding():
+    recordings = made_recordings(8)
+    for index, events in enumerate(recordings.table["cycles"]):
+        if recordings.table["record_label"][index] == "CAS":
+            events.append({"start": 1.7, "end": 2.9, "event_type": 0})
+            for start, stop in ((0.2, 0.7), (1.0, 1.5), (1.7, 2.9)):
+                recordings.waveforms[index][round(start * RATE) : round(stop * RATE)] = 0.5
+    reads_breath = fitted_to(score_of(lambda waveform: float(np.mean(waveform > 0.3))), recordings)
+    wheezes = without_findings([reads_breath], recordings)["score"]["wheezes, rhonchi, stridor"]
+    assert wheezes["other sound"]["difference"] < -0.05
+    assert wheezes["normal breaths"]["n"] == 8
+    assert wheezes["normal breaths"]["control"] == pytest.approx(1.2 / 2.2 - 2.2 / 3.2, abs=5e-3)
+    assert wheezes["normal breaths"]["difference"] == pytest.approx(0, abs=1e-2)  # one seam more
+
+
+def test_recordings_without_room_for_the_control_are_left_out():
+    recordings = made_recordings(5)
+    for index in range(1, 17, 4):  # of the label CAS, wheezing for 2 s of 3.2 s
+        recordings.table["cycles"].iloc[index][0]["end"] = 2.2
+    found = without_findings([fitted_to(score_of(rms), recordings)], recordings)["score"]
+    wheezes, crackles = (of_controls["other sound"] for of_controls in found.values())
+    assert (wheezes["n"], wheezes["left_out"]) == (1, 4)
+    assert (crackles["n"], crackles["left_out"]) == (5, 0)
+    assert wheezes["interval"] is None  # one child
+
+
+def test_controls_are_drawn_wherever_there_is_room():
+    rng, room = np.random.default_rng(11), [(0, 100), (300, 600), (650, 1000)]
+    drawn = [elsewhere([(100, 300), (600, 650)], room, rng) for _ in range(1000)]
+    covered = np.zeros(1000)
+    for spans in drawn:
+        assert sorted(stop - start for start, stop in spans) == [50, 200]
+        assert spans[0][1] <= spans[1][0]
+        for start, stop in spans:
+            covered[start:stop] += 1
+    assert not covered[100:300].any()
+    assert not covered[600:650].any()
+    assert covered.astype(bool).sum() > 740  # the very first and last samples of a gap are rarely drawn
+    assert elsewhere([(0, 400)], room, rng) is None
+    assert elsewhere([(0, 400), (500, 900)], [(0, 300), (320, 1000)], rng) is None  # 800 of 980, only 680 in one
+
+
+def test_events_that_touch_are_one_span():
+    events = [(1.0, 2.0, 2), (1.5, 1.8, 6), (2.0, 2.5, 2), (4.0, 9.0, 5)]
+    rows = [{"start": start, "end": end, "event_type": kind} for start, end, kind in reversed(events)]
+    assert runs(within(rows, ("Wheeze", "Wheeze+Crackle"), 5 * RATE)) == [(RATE, round(2.5 * RATE))]
+    assert runs(within(rows, ("Fine Crackle",), 5 * RATE)) == [(4 * RATE, 5 * RATE)]
+    assert runs(within(rows, ("Fine Crackle",), 4 * RATE)) == runs(within(rows, ("Rhonchi",), 5 * RATE)) == []
+    assert runs(~within(rows, ("Fine Crackle",), 5 * RATE)) == [(0, 4 * RATE)]
+
+
+def test_what_is_left_of_a_recording_joins_without_a_click():
+    waveform = np.r_[np.full(1000, 0.4), np.full(500, 9.0), np.full(1000, -0.4)].astype(np.float32)
+    left = without(waveform, [(1000, 1500)])
+    assert (len(left), left.dtype) == (2000 - FADE, np.float32)
+    assert np.abs(np.diff(left)).max() < 1.1 * 0.8 / (FADE - 1)
+    np.testing.assert_array_equal(without(waveform, [(0, 1000), (1500, 2500)]), waveform[1000:1500])
+    assert len(without(waveform, [(10, 1000), (1005, 1500)])) == 10 + 5 - 5 + 1000 - 10  # parts shorter than a seam
+
+
 # ---- The whole ----
 
 
 def test_everything_is_measured_drawn_and_tabulated(tmp_path, monkeypatch):
-    recordings, simulated = made_recordings(6), made_recordings(4, seed=1)
+    recordings, simulated = made_recordings(5), made_recordings(4, seed=1)
     simulated.table["snr_db"] = np.linspace(5, 30, 16)
     monkeypatch.setattr(quality, "load", lambda name, data_dir: {"all": simulated})
-    monkeypatch.setattr(quality, "GOOD_RECORDINGS", 3)
+    monkeypatch.setattr(quality, "GOOD_RECORDINGS", 2)
     scores = {
         "loud": score_of(lambda waveform: 1 / (1 + 50 * rms(waveform)), probability=True),
         "entropy_rms": SCORES["entropy_rms"],
@@ -474,9 +604,11 @@ def test_everything_is_measured_drawn_and_tabulated(tmp_path, monkeypatch):
     assert np.ptp(results["noise"]["loud"]["white"]["mean"]) < 1e-3  # noise changes no recording's loudness
     json.dumps(results, allow_nan=False)
     text = to_markdown(results)
-    assert text.count("## ") == 7
+    assert text.count("## ") == 8
     assert "| `loud` | 1.000 ± 0.000 | [1.00, 1.00] |" in text
     assert "| `loud`, one half | 0.500 | 100.0 % | 0.0 % |" in text
+    assert "| `loud` | crackles | other sound | 5 | 5 | 0 |" in text
+    assert "| `loud` | crackles | normal breaths | 0 | 0 | 5 | – | – | – | – |" in text
     assert "nan" not in text
     figures = {path.name for path in tmp_path.iterdir()}
     assert {"quality_label.png", "quality_noise.png", "quality_devices.png", "quality_recordings_loud.png"} <= figures
@@ -485,45 +617,65 @@ def test_everything_is_measured_drawn_and_tabulated(tmp_path, monkeypatch):
     assert imread(tmp_path / "quality_recordings_loud.png").shape[1] == 1400
 
 
-def small_sprsound(real, root, children):
-    """Links to the recordings of some children, those of the last two as the inter-subject test."""
+def link_sprsound(real, root, recordings, inter_test=()):
+    """A folder like SPRSound's with links to some training recordings, a few of them as the inter-subject test."""
     source = real / "BioCAS2022"
-    folders = {
-        name: root / "BioCAS2022" / name
-        for name in ("train2022_wav", "train2022_json", "test2022_wav", "test2022_json/inter_test_json")
-    }
-    for folder in folders.values():
-        folder.mkdir(parents=True)
-    for path in sorted((source / "train2022_json").glob("*.json")):
-        child = path.stem.split("_")[0]
-        if child in children:
-            audio, annotations = list(folders.values())[2:] if child in children[-2:] else list(folders.values())[:2]
-            os.symlink(path, annotations / path.name)
-            os.symlink(source / "train2022_wav" / f"{path.stem}.wav", audio / f"{path.stem}.wav")
+    splits = {"train2022_wav": ("train2022_json", recordings)}
+    splits |= {"test2022_wav": ("test2022_json/inter_test_json", inter_test)} if inter_test else {}
+    for audio, (annotations, names) in splits.items():
+        folders = [root / "BioCAS2022" / audio, root / "BioCAS2022" / annotations]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        for name in names:
+            os.symlink(source / "train2022_wav" / f"{name}.wav", folders[0] / f"{name}.wav")
+            os.symlink(source / "train2022_json" / f"{name}.json", folders[1] / f"{name}.json")
 
 
-def children_with_poor_recordings(real, number):
-    poor = {}
-    for path in sorted((real / "BioCAS2022" / "train2022_json").glob("*.json")):
-        label = json.loads(path.read_text())["record_annotation"]
-        poor.setdefault(path.stem.split("_")[0], []).append(label == "Poor Quality")
-    mixed = [child for child, labels in poor.items() if any(labels) and not all(labels) and len(labels) <= 8]
+def annotated(real):
+    """{recording's name: it is poor}, of every training recording."""
+    paths = sorted((real / "BioCAS2022" / "train2022_json").glob("*.json"))
+    return {path.stem: json.loads(path.read_text())["record_annotation"] == "Poor Quality" for path in paths}
+
+
+def of_children_with_both(poor, number):
+    """Recordings of each of some children that have a few, some of them poor."""
+    children = {}
+    for name, is_poor in poor.items():
+        children.setdefault(name.split("_")[0], {})[name] = is_poor
+    mixed = [list(own) for own in children.values() if any(own.values()) and not all(own.values()) and len(own) <= 6]
     return mixed[:number]
+
+
+@pytest.fixture(scope="module")
+def real_recordings(real_sprsound, tmp_path_factory):
+    """Every poor recording and a quarter of the others."""
+    root = tmp_path_factory.mktemp("sprsound")
+    poor = annotated(real_sprsound)
+    usable = [name for name, is_poor in poor.items() if not is_poor]
+    link_sprsound(real_sprsound, root, [*usable[::4], *(name for name, is_poor in poor.items() if is_poor)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", root / "cache")
+        return load("sprsound", str(root), allow_missing_audio=True)["train"]
 
 
 @pytest.mark.slow
 def test_command_on_real_recordings(tmp_path, monkeypatch, capsys, real_sprsound):
-    small_sprsound(real_sprsound, tmp_path, children_with_poor_recordings(real_sprsound, 12))
-    monkeypatch.setattr(quality, "GOOD_RECORDINGS", 6)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    *children, one, other = of_children_with_both(annotated(real_sprsound), 10)
+    link_sprsound(real_sprsound, tmp_path, [name for own in children for name in own], one + other)
+    monkeypatch.setattr(quality, "GOOD_RECORDINGS", 2)
+    monkeypatch.setattr(quality, "POOR_RECORDINGS", 2)
+    monkeypatch.setattr("modeling_qlung.evaluation.quality_scores.FOLDS", 3)
+    load_any, fewer = hf_datasets.load, {"simulated": {"recordings_per_patient": 2}}
+    monkeypatch.setattr(hf_datasets, "load", lambda name, *a, **b: load_any(name, *a, **b, **fewer.get(name, {})))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "out"
     arguments = ["--data_dir", str(tmp_path), "--output_dir", str(folder), "--allow_missing_audio"]
-    quality.main([*arguments, "--score", "entropy_rms", "entropy_rms_raw", "learned"])
+    quality.main([*arguments, "--score", "entropy_rms_raw", "learned"])
     printed = capsys.readouterr().out
     results = json.loads((folder / "quality.json").read_text())
-    assert results.keys() == {"label", "label_test_inter", "noise", "simulated", "invariance", "findings"}
-    assert results["label"]["entropy_rms"]["patients"] == 10
-    assert results["label_test_inter"]["entropy_rms"]["patients"] == 2
+    assert results.keys() == {"label", "label_test_inter", "noise", "simulated", "invariance", "findings", "removal"}
+    assert results["label"]["entropy_rms_raw"]["patients"] == 8
+    assert results["label_test_inter"]["learned"]["patients"] == 2
     assert results["invariance"]["entropy_rms_raw"]["through 8 kHz"]["mean"] < 1e-3  # the rate that they had
     assert results["noise"]["entropy_rms_raw"]["white"]["spearman"] < -0.9  # noise is what entropy tells
     assert "| `entropy_rms_raw` |" in printed
@@ -552,23 +704,20 @@ def fit_logistic_regression(waveforms, measured, usable, patients):
 
 
 @pytest.mark.slow
-def test_labels_can_be_predicted_for_other_children(real_sprsound):
-    recordings = load("sprsound", str(real_sprsound))["train"]
-    reference = fitted_to(Score(log_mel_statistics, fit_logistic_regression, True, repeats=2), recordings)
-    found = tells_poor([reference], recordings)["score"]
-    assert (found["n"], found["poor"], found["patients"]) == (1949, 177, 251)
+def test_labels_can_be_predicted_for_other_children(real_recordings):
+    reference = fitted_to(Score(log_mel_statistics, fit_logistic_regression, True, repeats=1), real_recordings)
+    found = tells_poor([reference], real_recordings)["score"]
+    assert (found["n"], found["poor"]) == (620, 177)
     low, high = found["auroc"]["interval"]
-    assert (
-        0.85 < low < 0.895 < found["auroc"]["mean"] < 0.92 < high < 0.97
-    )  # 0.92 was had from a like set of statistics
+    assert 0.85 < low < 0.89 < found["auroc"]["mean"] < 0.92 < high < 0.97  # 0.92 was had from a like set of statistics
     assert found["calibration"]["brier"] < found["calibration"]["brier_constant"]
     assert found["calibration"]["ece"] < 0.05
 
 
 @pytest.mark.slow
-def test_the_learned_score_tells_other_childrens_recordings(real_sprsound):
-    recordings = load("sprsound", str(real_sprsound))["train"]
-    chosen = np.concatenate([choose(recordings, recordings.poor, 130), choose(recordings, ~recordings.poor, 260)])
+def test_the_learned_score_tells_other_childrens_recordings(real_recordings):
+    recordings = real_recordings
+    chosen = np.concatenate([choose(recordings, recordings.poor, 90), choose(recordings, ~recordings.poor, 180)])
     learned, children = SCORES["learned"], recordings.patients[chosen]
     unseen = np.isin(children, np.unique(children)[::4])
     waveforms, usable = [recordings.waveforms[index] for index in chosen], ~recordings.poor[chosen]
