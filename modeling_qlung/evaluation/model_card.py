@@ -255,10 +255,11 @@ def _summary(run: RunDescription) -> str:
 
 
 def _usage(run: RunDescription) -> str:
-    kilohertz = f"{run.sampling_rate / 1000:g}"
+    kilohertz, level = f"{run.sampling_rate / 1000:g}", run.options.get("level")
+    brought = f", of a recording brought to an RMS amplitude of {level:g}" if level else ""
     return f"""\
 `torch` and `transformers` are enough (`soundfile` only reads the file here). The waveform is one
-{_CLASSIFIED[run.unit].format(run.windows)}, mono, at {kilohertz} kHz.
+{_CLASSIFIED[run.unit].format(run.windows)}, mono, at {kilohertz} kHz{brought}.
 
 ```python
 import soundfile

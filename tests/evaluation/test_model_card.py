@@ -163,6 +163,9 @@ def test_a_model_of_windows_says_how_long_they_are(run):
     assert 'soundfile.read("window_16khz.wav"' in card
     assert "### test: 2,371 windows of 49 patients" in card
     assert "It expects any 2 s of a recording" in card
+    assert "at 16 kHz.\n" in card
+    levelled = build_model_card(replace(run, options={"windows": 2.0, "level": 0.05}))
+    assert "at 16 kHz, of a recording brought to an RMS amplitude of 0.05.\n" in levelled
     assert "cycle" not in card.split("## Recording quality")[0].split("## Scores")[1].replace(run.task.definition, "")
 
 
