@@ -55,6 +55,7 @@ LAUNCH: dict[str, Any] = {
 }
 P = ParamSpec("P")
 R = TypeVar("R")
+NO_RESULT = '<p class="q-note">The result appears here.</p>'
 USE = """```python
 from gradio_client import Client, handle_file
 
@@ -154,7 +155,7 @@ def hear(path: str | None, threshold: float | None = None, annotation: str | Non
     """
     if not path:
         raise UnusableInputError("There is no recording yet. Upload or record one, or take an example.")
-    if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
+    if threshold is not None and not (type(threshold) in (int, float) and 0 <= threshold <= 1):
         raise UnusableInputError(f"The threshold is {threshold}; it must be from 0 to 1.")
     samples, own_rate = read_recording(path, sampling_rate())
     annotated = read_cycles(annotation, len(samples) / sampling_rate()) if annotation else []
@@ -351,7 +352,7 @@ def examine(path: str | None, annotation: str | None) -> tuple:
 def move(heard: Heard | None, threshold: float) -> tuple:
     """Mark at another threshold; the model is not run again."""
     if heard is None:
-        message = f"The recording is not kept longer than {KEPT // 60} minutes. Analyze it again."
+        message = f"The recording is kept for {KEPT // 60} minutes at most, and is gone. Analyze it again."
         return None, refusal(message), *[gr.skip()] * 7
     heard = replace(heard, analysis=heard.analysis.at(threshold))
     return heard, *marked(heard)
@@ -395,7 +396,9 @@ def build() -> gr.Blocks:
             '<div class="q-title"><h1>What is in this lung recording?</h1><p>Crackles and wheezes, where they are, how '
             "sure the model is, and whether the recording is good enough to tell.</p></div>"
         )
-        gr.HTML(f'<div class="q-notice" role="note">{wording.NOT_A_DEVICE}</div>')
+        points = analyzer().operating_points
+        about = f"<p>{escape(points.about)}</p>" if points else ""
+        gr.HTML(f'<div class="q-notice" role="note">{wording.NOT_A_DEVICE}{about}</div>')
         with gr.Tab("Recording"):
             _recording_tab()
         with gr.Tab("Compare", elem_id="compare"):
@@ -433,11 +436,15 @@ def _recording_tab() -> None:
                     height=120,
                 )
     button = gr.Button("Analyze", variant="primary", elem_id="analyze")
-    verdict_region = gr.HTML('<p class="q-note">The result appears here.</p>', elem_id="verdict")
+    verdict_region = gr.HTML(NO_RESULT, elem_id="verdict")
     with gr.Column(visible=False) as results:
         figure = gr.HTML(elem_id="figure")
         slider = gr.Slider(
-            0.01, 0.99, step=0.01, label="Operating point: mark where the probability of an abnormal sound is at least"
+            0.01,
+            0.99,
+            step=0.01,
+            label="Operating point: mark where the probability of an abnormal sound is at least",
+            elem_id="threshold",
         )
         point = gr.HTML(elem_id="point")
         with gr.Column() as places:
@@ -448,6 +455,14 @@ def _recording_tab() -> None:
         more = gr.HTML(elem_id="details")
     changed = [verdict_region, point, figure, choice, places, player, map_, more]
     recording.clear(lambda: None, None, annotation, queue=False, api_visibility="private")  # it was of that recording
+    recording.change(  # what stands there was of another one
+        lambda: (None, gr.update(visible=False), NO_RESULT),
+        None,
+        [heard, results, verdict_region],
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
     button.click(
         examine,
         [recording, annotation],
@@ -501,9 +516,8 @@ def _endpoints() -> None:
 
 
 def _about() -> str:
-    points = analyzer().operating_points
     return (
-        f"**Model.** {points.about if points else ''} It hears windows of {analyzer().window:g} s, one every "
+        f"**Model.** It hears windows of {analyzer().window:g} s, one every "
         f"{analyzer().hop:g} s; at each moment the mean of those that cover it is shown.\n\n"
         f"**Privacy.** Recordings are analyzed on this machine, sent nowhere else, and removed within "
         f"{KEPT // 60 + 1} minutes. Nothing is logged or used for training.\n\n"

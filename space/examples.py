@@ -3,7 +3,10 @@
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "sounds"
-ABOUT = "No recording at hand? Simulated ones show how the page works; the model knows real ones, and may doubt them."
+ABOUT = (
+    "No recording at hand? Simulated ones show how the page works. The model knows real ones alone, and says of these "
+    "that it can’t tell."
+)
 # name: (file, device, seed, kinds of its cycles)
 EXAMPLES: dict[str, tuple[str, int, int, list[str]]] = {
     "Simulated normal breathing": ("simulated_normal.flac", 0, 1, ["Normal"] * 4),

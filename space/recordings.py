@@ -61,9 +61,9 @@ def read_recording(path: str | Path, sampling_rate: int) -> tuple[np.ndarray, in
         raise UnusableInputError(str(error).replace(str(path), path.name)) from error
     samples = np.concatenate(pieces)
     if len(samples) < SHORTEST * sampling_rate:
-        seconds = len(samples) / sampling_rate
+        milliseconds = 1000 * len(samples) // sampling_rate
         raise UnusableInputError(
-            f"{path.name} lasts {seconds:.2f} s. At least {SHORTEST} s are needed, better 10 s or more."
+            f"{path.name} lasts {milliseconds / 1000:.3f} s. At least {SHORTEST} s are needed, better 10 s or more."
         )
     return samples, rate
 

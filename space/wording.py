@@ -79,7 +79,9 @@ def quality(analysis: Analysis) -> str:
         said = "This model does not judge recordings’ quality"
     else:
         said = f"Recording quality {analysis.quality:.2f} of 1"
-    return f"{said}: {', '.join(analysis.reasons)}." if analysis.reasons else f"{said}."
+    if not analysis.reasons:
+        return f"{said}."
+    return f"{said}{'. Noticed' if analysis.can_tell else ''}: {', '.join(analysis.reasons)}."
 
 
 def _because(reasons: Sequence[str]) -> str:

@@ -75,8 +75,8 @@ class RunDescription:
 
     def __post_init__(self) -> None:
         for dataset in self.datasets:
-            if dataset not in _DATASETS:
-                raise ValueError(f"dataset is {dataset!r}: the card knows {', '.join(_DATASETS)}")
+            if dataset not in DATASETS:
+                raise ValueError(f"dataset is {dataset!r}: the card knows {', '.join(DATASETS)}")
         if self.selection not in _SELECTION:
             raise ValueError(f"selection is {self.selection!r}: the card knows {', '.join(_SELECTION)}")
 
@@ -93,7 +93,7 @@ class RunDescription:
     @property
     def trained_on(self) -> list["_Dataset"]:
         """What is known of each of the datasets."""
-        return [_DATASETS[dataset] for dataset in self.datasets]
+        return [DATASETS[dataset] for dataset in self.datasets]
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class _Dataset:
     reference: str
 
 
-_DATASETS = {
+DATASETS = {
     "icbhi": _Dataset(
         title="ICBHI 2017",
         population="126 patients of all ages recorded in Portugal and Greece with four devices",
@@ -221,7 +221,7 @@ def _header(run: RunDescription) -> ModelCardData:
             dataset_type=dataset,
             dataset_name=" and ".join(data.title for data in run.trained_on)
             if name == "validation"
-            else _DATASETS[dataset].title,
+            else DATASETS[dataset].title,
             dataset_split=split,
             metric_type=score,
             metric_name=title,

@@ -24,7 +24,7 @@ import hf_datasets
 from ..inference import LungSoundAnalyzer, OperatingPoints
 from ..inference.operating_points import FILE_NAME
 from .bootstrap import weighted_ci
-from .model_card import describe_operating_points
+from .model_card import DATASETS, describe_operating_points
 from .quality_measures import weighted_auroc
 from .report import read_predictions, write_text
 
@@ -194,7 +194,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     kept_apart = set(validation["patient_id"])
     apart = np.array([patient in kept_apart for patient in recordings["patient_id"][:]])
     analyzer.level = options.get("level")
-    about = f"Measured on the patients of {' and '.join(parts)} that were kept apart, none of whom was trained on."
+    trained_on = [DATASETS[part.partition(":")[0]] for part in parts]
+    people = " and ".join(f"{dataset.title} ({dataset.population})" for dataset in trained_on)
+    about = f"Trained on parts of {people}; measured on other patients of these, who were kept apart."
     try:
         points = measure(analyzer, recordings.select(np.flatnonzero(apart)), about)
     except ValueError as error:

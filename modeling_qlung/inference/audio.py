@@ -224,7 +224,8 @@ def _open_with_ffmpeg(program: str, path: Path, name: str) -> Iterator[tuple[int
             log.seek(0)
             lines = log.read().decode(errors="replace").replace(f"file:{path}: ", "").splitlines()
             reason = re.sub(r"^\[.*?\] ", "", lines[0]) if lines else f"it ended with {code}"  # "[mov @ 0x55d]"
-            reason = f" (ffmpeg: {reason})" if "whitelist" not in reason else ": it is of no such format, or damaged"
+            told = {"whitelist": ": it is of no such format, or damaged", "matches no streams": ": it holds no sound"}
+            reason = next((said for sign, said in told.items() if sign in reason), f" (ffmpeg: {reason})")
             return ValueError(f"{name} cannot be read as audio{reason}; give a WAV, FLAC, OGG, MP3 or M4A file.")
 
         def blocks(channels: int) -> Iterator[np.ndarray]:

@@ -1,7 +1,7 @@
 """What a checkpoint's thresholds did on its validation patients: `operating_points.json` beside the weights."""
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ class OperatingPoints:
     Sensitivity and specificity at each threshold of P(abnormal), as measured on a checkpoint's validation patients.
 
     Args:
-        about: a sentence on whom it was measured.
+        about: a sentence on whom the model was trained, and on whom it was measured.
         window: length of the windows that were scored, in s.
         hop: from one window to the next, in s.
         threshold: of P(abnormal), chosen on these patients.
@@ -50,8 +50,8 @@ class OperatingPoints:
     thresholds: list[float]
     by_recording: dict[str, list[float]]
     by_cycle: dict[str, list[float]]
-    level: float | None = None
-    scores: list[dict[str, Any]] = field(default_factory=list)
+    level: float | None
+    scores: list[dict[str, Any]]
 
     def __post_init__(self):
         if len(self.thresholds) < 2 or self.thresholds != sorted(set(self.thresholds)):
@@ -71,7 +71,6 @@ class OperatingPoints:
         """
         try:
             content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
-            content = {"level": None, "scores": [], **content}
             return cls(**{known.name: content[known.name] for known in fields(cls)})
         except KeyError as error:
             raise ValueError(f"{path} lacks {error}: write it again with the evaluation's operating points.") from error

@@ -138,7 +138,7 @@ def test_the_command_writes_what_the_analyzer_reads(run, some_recordings, capsys
     assert at["sensitivity"] == pytest.approx(called[scored.truth].mean(), abs=1e-4)
     assert at["specificity"] == pytest.approx((~called[~scored.truth]).mean(), abs=1e-4)
     assert analyzer.level == points.level == 0.02
-    assert "sprsound:train that were kept apart" in points.about
+    assert "Trained on parts of SPRSound 2022 (children (1 month to 18 years) of one hospital" in points.about
     card = describe_operating_points(points)
     assert card in told
     of_patients = f"{points.recordings['abnormal']} | {points.recordings['normal']} | "

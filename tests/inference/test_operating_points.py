@@ -16,6 +16,8 @@ CONTENT = {
     "thresholds": [0.0, 0.5, 1.0],
     "by_recording": {"sensitivity": [1.0, 0.8, 0.0], "specificity": [0.0, 0.6, 1.0]},
     "by_cycle": {"sensitivity": [1.0, 0.7, 0.0], "specificity": [0.0, 0.9, 1.0]},
+    "level": None,
+    "scores": [],
 }
 
 

@@ -50,6 +50,8 @@ def save_checkpoint(folder: Path) -> Path:
         "thresholds": THRESHOLDS,
         "by_recording": rates,
         "by_cycle": {name: [value / 2 for value in values] for name, values in rates.items()},
+        "level": None,
+        "scores": [],
     }
     (folder / "operating_points.json").write_text(json.dumps(points))
     return folder

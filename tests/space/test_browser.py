@@ -98,11 +98,16 @@ def test_a_recording_is_uploaded_listened_to_moved_and_downloaded(page, recordin
     assert float(rows[0]["start_s"]) == 0.0
     assert json.loads(download(page, "Everything as JSON", tmp_path).read_text())["threshold"] == 0.01
 
+    assert not page.get_by_label("number input for Operating point").is_visible(), "what is typed may be no number"
     slider.fill("0.99")
     page.get_by_text("At 0.99").wait_for()
     assert page.locator("#verdict strong").inner_text() != said
     assert page.locator("#figure .q-marks .q-span").count() == 0
     assert not page.locator("#player audio").is_visible()
+
+    page.get_by_role("button", name="Simulated crackles").click()
+    page.get_by_text("The result appears here.").wait_for()  # what stood there was of the recording before
+    assert not page.locator("#figure").is_visible()
 
 
 def download(page: Any, name: str, folder: Path) -> Path:

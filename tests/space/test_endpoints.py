@@ -52,7 +52,7 @@ def test_bad_files_get_their_message_and_the_app_lives_on(address, record, tmp_p
     caller = client(address)
     for bad, message in (
         (tmp_path / "bad.wav", "bad.wav cannot be read as audio"),
-        (record("short.wav", seconds=0.2), "lasts 0.20 s"),
+        (record("short.wav", seconds=0.2), "lasts 0.200 s"),
     ):
         with pytest.raises(Exception, match=message) as caught:
             caller.predict(gradio_client.handle_file(bad), api_name="/analyze")

@@ -64,8 +64,10 @@ def test_nothing_marked_is_not_called_healthy():
 
 def test_quality_names_its_reasons():
     assert wording.quality(analysis(N)) == "Recording quality 0.90 of 1."
+    noticed = wording.quality(analysis(N, reasons=["mains hum"]))
+    assert noticed == "Recording quality 0.90 of 1. Noticed: mains hum."
     assert wording.quality(analysis(N, quality=None, reasons=["clipped", "mains hum"])) == (
-        "This model does not judge recordings’ quality: clipped, mains hum."
+        "This model does not judge recordings’ quality. Noticed: clipped, mains hum."
     )
 
 

@@ -77,7 +77,7 @@ def operating_points(rate: float) -> dict:
     return {
         "about": "Measured here.", "window": 1.5, "hop": 0.5, "threshold": 0.5, "quality_threshold": 0.3, "patients": 1,
         "recordings": counts, "cycles": counts, "thresholds": [0.0, 1.0], "by_recording": rates, "by_cycle": rates,
-        "scores": [{"of": "patients kept apart", "recordings": scores, "cycles": scores}],
+        "level": None, "scores": [{"of": "patients kept apart", "recordings": scores, "cycles": scores}],
     }  # fmt: skip
 
 
