@@ -709,7 +709,7 @@ def test_labels_can_be_predicted_for_other_children(real_recordings):
     found = tells_poor([reference], real_recordings)["score"]
     assert (found["n"], found["poor"]) == (620, 177)
     low, high = found["auroc"]["interval"]
-    assert 0.85 < low < 0.89 < found["auroc"]["mean"] < 0.92 < high < 0.97  # 0.92 was had from a like set of statistics
+    assert 0.85 < low < 0.895 < found["auroc"]["mean"] < 0.92 < high < 0.97  # 0.92: of a like set of statistics
     assert found["calibration"]["brier"] < found["calibration"]["brier_constant"]
     assert found["calibration"]["ece"] < 0.05
 

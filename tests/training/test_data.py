@@ -126,15 +126,13 @@ def test_a_window_between_2_and_4_s_is_labelled_by_what_it_shares(cycles, label)
     assert data._label_window(cycles, 2.0, 4.0) == label
 
 
+def simulated_recordings(number, cache):
+    options = {"train_patients": 1, "test_patients": 1, "recordings_per_patient": number, "cache_dir": cache}
+    return hf_datasets.load("simulated", config="recordings", **options)["train"]
+
+
 def test_windows_are_parts_of_annotated_recordings_half_a_window_apart(tmp_path):
-    recordings = hf_datasets.load(
-        "simulated",
-        config="recordings",
-        train_patients=1,
-        test_patients=1,
-        recordings_per_patient=4,
-        cache_dir=tmp_path,
-    )["train"]
+    recordings = simulated_recordings(4, tmp_path)
     windows = cut_windows(recordings, 16000, 2.0)
     raw = recordings.data.column("audio").to_pylist()
     covered = 0
@@ -155,14 +153,7 @@ def test_windows_are_parts_of_annotated_recordings_half_a_window_apart(tmp_path)
 
 
 def test_windows_are_of_recordings_brought_to_one_level(tmp_path):
-    recordings = hf_datasets.load(
-        "simulated",
-        config="recordings",
-        train_patients=1,
-        test_patients=1,
-        recordings_per_patient=2,
-        cache_dir=tmp_path,
-    )["train"]
+    recordings = simulated_recordings(2, tmp_path)
     levelled, own = cut_windows(recordings, 16000, 2.0, level=0.05), cut_windows(recordings, 16000, 2.0)
     gains = {}
     for row in recordings.data.to_pylist():
