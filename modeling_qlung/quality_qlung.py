@@ -7,8 +7,9 @@ waveform as recorded, before fading and padding, and within a band that every re
 (16 kHz for AST, 48 kHz for CLAP: the same score); statistics fitted on the training set spread them over [0, 1].
 
 `learned` is the probability that a clinician would call the recording usable: a small convolutional network, fitted on
-the 1,949 training recordings of SPRSound (Zhang et al. 2022), on levels within the same band relative to the
-recording's own, so that neither gain nor sampling rate counts.
+the 1,949 training recordings of SPRSound (Zhang et al. 2022), on levels in narrow bands, each relative to the
+recording's own in that band, so that neither gain nor sampling rate nor the stethoscope's frequency response counts. It
+reads the recording as a loop, so that a sound once, twice and three times over is the same.
 """
 
 import functools
@@ -26,8 +27,10 @@ NORMALIZATIONS = ("raw", "minmax", "percentile", "zscore")
 BAND_HZ = (50.0, 1800.0)
 FRAME_LENGTH_S = 0.032
 LEVEL_BANDS = 24
-LEVEL_RANGE_DB = (-25.0, 50.0)  # about the recording's own level; below lies what devices and quantisation add
-SHORTEST_S = 2.0
+LEVEL_FRAME_S = 0.032
+LEVEL_RANGE_DB = (-25.0, 50.0)  # about the recording's own level in the band
+SHORTEST_FRAMES = 62  # 2 s: what the last layer sees at once
+SHORTEST_S = 2.0  # to find reasons in
 REASON_FRAME_S = 0.016
 
 
@@ -155,13 +158,35 @@ def _band_weights(length: int, sampling_rate: int, device: torch.device) -> torc
     return (weights / weights.sum(dim=1, keepdim=True)).to(device, torch.float32)
 
 
-def _band_powers(waveform: torch.Tensor, sampling_rate: int) -> torch.Tensor:
-    """Power (bands, frames) in frames of 64 ms, half overlapped, of a waveform that is repeated up to `SHORTEST_S`."""
-    waveform = waveform.repeat(math.ceil(SHORTEST_S * sampling_rate / waveform.numel()))
-    length = 2 * round(FRAME_LENGTH_S * sampling_rate)
+def band_powers(waveform: torch.Tensor | np.ndarray, sampling_rate: int = 16000) -> torch.Tensor:
+    """Measure power in 24 bands from 50 to 1800 Hz, in frames of 64 ms, one each 32 ms.
+
+    Args:
+        waveform: samples, shape (n,), as recorded: neither faded nor padded. Less than one frame is repeated.
+        sampling_rate: of `waveform`, in Hz; at least 3600.
+
+    Returns:
+        Shape (24, frames), relative to the largest sample.
+
+    Raises:
+        ValueError: if the waveform is empty or its rate does not hold the band.
+    """
+    waveform = _validated(waveform, sampling_rate)
+    waveform = waveform / waveform.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+    length = 2 * round(LEVEL_FRAME_S * sampling_rate)
+    waveform = waveform.repeat(math.ceil(length / waveform.numel()))
     window = _hann_window(length, waveform.device)
     spectrum = torch.stft(waveform, length, length // 2, window=window, center=False, return_complex=True)
     return _band_weights(length, sampling_rate, waveform.device) @ spectrum.abs().square()
+
+
+def relative_levels(powers: torch.Tensor) -> torch.Tensor:
+    """Give powers (24, frames) as levels relative to each band's own, see [`quality_levels`]."""
+    heard = powers > 1e-8 * powers.mean(dim=1, keepdim=True)
+    own = powers.where(heard, torch.nan).nanmedian(dim=1, keepdim=True).values
+    low, high = LEVEL_RANGE_DB
+    levels = (10 * torch.log10(powers / own + 10 ** (low / 10))).clamp_max(high)
+    return levels.nan_to_num(0.0).repeat(1, math.ceil(SHORTEST_FRAMES / powers.shape[1]))
 
 
 def quality_levels(waveform: torch.Tensor | np.ndarray, sampling_rate: int = 16000) -> torch.Tensor:
@@ -172,28 +197,20 @@ def quality_levels(waveform: torch.Tensor | np.ndarray, sampling_rate: int = 160
         sampling_rate: of `waveform`, in Hz; at least 3600.
 
     Returns:
-        Decibels, shape (24, frames), a frame each 32 ms, within `LEVEL_RANGE_DB`: 0 is the median of the 12 bands from
-        about 130 to 800 Hz, where breath is, over all that is not digital silence. Zeros for a silent waveform. What is
-        shorter than 2 s is repeated.
+        Decibels, shape (24, frames), a frame each 32 ms, within `LEVEL_RANGE_DB`: 0 is the band's median over all that
+        is not digital silence. Zeros for a silent waveform. Frames of what is shorter than 2 s are repeated.
 
     Raises:
         ValueError: if the waveform is empty or its rate does not hold the band.
     """
-    waveform = _validated(waveform, sampling_rate)
-    powers = _band_powers(waveform / waveform.abs().max().clamp_min(torch.finfo(torch.float32).tiny), sampling_rate)
-    heard = powers[4:16]
-    heard = heard[heard > 1e-8 * heard.mean()]
-    if heard.numel() == 0:
-        return torch.zeros_like(powers)
-    low, high = LEVEL_RANGE_DB
-    return (10 * torch.log10(powers / heard.median() + 10 ** (low / 10))).clamp_max(high)
+    return relative_levels(band_powers(waveform, sampling_rate))
 
 
 def learned_quality(levels: torch.Tensor, parameters: dict[str, Any]) -> float:
     """Give the probability that a clinician would call the recording usable.
 
-    Layers of a convolution over 5 frames, a rectifier and, between layers, the larger of each two frames; the mean, the
-    deviation and the largest over time of what comes out go into a logistic regression.
+    Layers of a circular convolution over 5 frames, a rectifier and, between layers, the larger of each two frames; the
+    mean and the deviation over time of what comes out go into a logistic regression.
 
     Args:
         levels: of one recording, from [`quality_levels`], shape (24, frames).
@@ -217,9 +234,9 @@ def learned_quality(levels: torch.Tensor, parameters: dict[str, Any]) -> float:
             if number:
                 hidden = torch.nn.functional.max_pool1d(hidden, 2)
             weight = tensor(layer["weight"])
-            convolved = torch.nn.functional.conv1d(hidden, weight, tensor(layer["bias"]), padding=weight.shape[2] // 2)
-            hidden = torch.relu(convolved)
-        pooled = torch.cat([hidden.mean(dim=2), hidden.std(dim=2, correction=0), hidden.amax(dim=2)], dim=1)
+            hidden = torch.nn.functional.pad(hidden, 2 * (weight.shape[2] // 2,), mode="circular")
+            hidden = torch.relu(torch.nn.functional.conv1d(hidden, weight, tensor(layer["bias"])))
+        pooled = torch.cat([hidden.mean(dim=2), hidden.std(dim=2, correction=0)], dim=1)
         logit = pooled[0] @ tensor(parameters["output"]["weight"]) + parameters["output"]["bias"]
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(

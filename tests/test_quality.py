@@ -136,15 +136,34 @@ def reference_levels(waveform: np.ndarray) -> np.ndarray:
     weights /= weights.sum(axis=1, keepdims=True)
     frames = [waveform[start : start + 1024] * window for start in range(0, len(waveform) - 1023, 512)]
     powers = np.stack([weights @ np.abs(np.fft.rfft(frame)) ** 2 for frame in frames], axis=1)
-    return 10 * np.log10(powers / np.median(powers[4:16]) + 10**-2.5)
+    own = np.sort(powers, axis=1)[:, (powers.shape[1] - 1) // 2, None]  # of two middle values torch takes the lower one
+    return 10 * np.log10(powers / own + 10**-2.5)
 
 
 def test_levels_are_those_of_the_definition():
     waveform = breath(3.0)
     levels = quality_levels(waveform)
     assert levels.shape == (24, 92)
-    # Torch takes the lower of the two middle values.
     np.testing.assert_allclose(levels, reference_levels(waveform.astype(np.float64)), atol=0.01)
+
+
+def test_a_stethoscopes_frequency_response_does_not_count():
+    waveform = breath(6.0)
+    response = np.array([1.0, 0.9, 0.4, -0.3])  # treble falls by 12 dB
+    filtered = np.convolve(waveform, response)[: len(waveform)]
+    levels, other = (quality_levels(one) for one in (waveform, filtered.astype(np.float32)))
+    assert (levels - other)[:, 1:].abs().quantile(0.99) < 0.2
+    scores = [learned_quality(one, QUALITY_PARAMETERS) for one in (levels, other)]
+    assert scores[1] == pytest.approx(scores[0], abs=0.01)
+
+
+def test_a_sound_over_and_over_is_the_sound():
+    levels = quality_levels(breath(3.84))
+    levels = levels[:, : levels.shape[1] // 8 * 8]
+    scores = [learned_quality(levels.repeat(1, times), QUALITY_PARAMETERS) for times in (1, 2, 5)]
+    assert scores == pytest.approx(3 * [scores[0]], abs=1e-5)
+    short = breath(0.7)
+    torch.testing.assert_close(quality_levels(short), quality_levels(short)[:, :20].repeat(1, 4))
 
 
 def test_neither_gain_nor_rate_nor_its_history_counts():
@@ -164,7 +183,8 @@ def test_digital_silence_between_sounds_does_not_raise_the_level():
     waveform = breath(6.0)
     paused = np.concatenate([waveform, np.zeros(160000, dtype=np.float32)])
     levels = quality_levels(waveform)
-    assert quality_levels(paused)[:, : levels.shape[1]] == pytest.approx(levels.numpy(), abs=0.2)
+    # Two frames hold some of both, which moves each band's median a little.
+    assert quality_levels(paused)[:, : levels.shape[1]] == pytest.approx(levels.numpy(), abs=0.5)
 
 
 @pytest.mark.parametrize("waveform", [np.zeros(16000), np.zeros(1)])
@@ -192,7 +212,7 @@ def count(values) -> int:
 
 
 def test_its_parameters_are_few():
-    assert count(QUALITY_PARAMETERS) <= 2100
+    assert count(QUALITY_PARAMETERS) <= 2000
 
 
 @pytest.mark.parametrize("quality_score", ["entropy_rms", "learned"])
@@ -211,7 +231,7 @@ def test_an_extractor_scores_in_one_call_and_carries_its_parameters(quality_scor
 
 
 def test_what_an_extractor_reads_is_not_what_the_package_ships():
-    silent = {"layers": QUALITY_PARAMETERS["layers"], "output": {"weight": [0.0] * 24, "bias": 0.0}}
+    silent = {"layers": QUALITY_PARAMETERS["layers"], "output": {"weight": [0.0] * 16, "bias": 0.0}}
     extractor = QLungFeatureExtractor(quality_score="learned", quality_parameters=silent)
     assert extractor.quality(breath(3.0)) == 0.5
 

@@ -34,7 +34,8 @@ from .quality_measures import (
     refused,
     removal,
 )
-from .quality_scores import RATE, SCORES, Fitted, Recordings, Score, choose, load, measure
+from .quality_recordings import RATE, Recordings, choose, load
+from .quality_scores import SCORES, Fitted, Score, measure
 from .quality_tables import to_markdown
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 GOOD_RECORDINGS, POOR_RECORDINGS = 100, 50  # that are degraded and changed; of as many children as there are
 GAINS_DB = (-20, -10, 10, 20)
 RATES = (4000, 8000, 44100)
+TILTS_DB = (-12, 12)  # between 100 and 1600 Hz, as one stethoscope may differ from another
 SECONDS = (3, 5)
 # Compared with each other: parts of one length that share no sample, and one part at two lengths.
 PAIRS = (("first half", "second half"), ("first 3 s", "last 3 s"), ("first 3 s", "first 3 s thrice"))
@@ -114,10 +116,11 @@ def follows_simulated_noise(fitted: Sequence[Fitted]) -> dict[str, Any]:
 
 
 def changed(waveform: NDArray) -> dict[str, NDArray | None]:
-    """Give what of a recording (samples,) should score as it does: other gains, rates it once had, and lengths.
+    """Give what of a recording (samples,) should score as it does: other gains, rates it once had, filters and lengths.
 
-    None stands for gains that would clip it or bring it near the quantisation noise of 16 bit (an RMS of less than ten
-    steps), for parts as long as the whole, and for a last part that shares samples with the first of its length.
+    What is repeated is joined by cross-fades: a click at the seam would be a fault. None stands for gains that would
+    clip it or bring it near the quantisation noise of 16 bit (an RMS of less than ten steps), for parts as long as the
+    whole, and for a last part that shares samples with the first of its length.
     """
     copies: dict[str, NDArray | None] = {}
     for gain_db in GAINS_DB:
@@ -126,13 +129,15 @@ def changed(waveform: NDArray) -> dict[str, NDArray | None]:
         copies[f"gain {gain_db:+d} dB"] = louder if sound else None
     for rate in RATES:
         copies[f"through {rate / 1000:g} kHz"] = resample(resample(waveform, RATE, rate), rate, RATE)
+    for tilt_db in TILTS_DB:
+        copies[f"tilted by {tilt_db:+d} dB"] = tilted(waveform, tilt_db)
     half = len(waveform) // 2
     parts = {"first half": waveform[:half], "second half": waveform[half:]}
     parts |= {f"first {seconds} s": waveform[: seconds * RATE] for seconds in SECONDS}
     parts["last 3 s"] = waveform[-3 * RATE :] if len(waveform) >= 6 * RATE else waveform[:0]
-    thrice = np.tile(parts["first 3 s"], 3) if len(parts["first 3 s"]) < len(waveform) else None
+    thrice = joined(3 * [parts["first 3 s"]]) if len(parts["first 3 s"]) < len(waveform) else None
     copies |= {name: part if 0 < len(part) < len(waveform) else None for name, part in parts.items()}
-    return {**copies, "first 3 s thrice": thrice, "twice over": np.tile(waveform, 2)}
+    return {**copies, "first 3 s thrice": thrice, "twice over": joined(2 * [waveform])}
 
 
 def stays(fitted: Sequence[Fitted], recordings: Recordings) -> dict[str, Any]:
@@ -258,18 +263,32 @@ def elsewhere(spans: Spans, room: Spans, rng: np.random.Generator) -> Spans | No
 
 
 def without(waveform: NDArray, spans: Spans) -> NDArray:
-    """Cut spans out of a recording (samples,) and cross-fade what is left over `FADE` samples.
+    """Cut spans out of a recording (samples,) and join what is left."""
+    edges = [0, *(edge for span in spans for edge in span), len(waveform)]
+    return joined([waveform[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b])
+
+
+def joined(parts: Sequence[NDArray]) -> NDArray:
+    """Put parts (samples,) one after the other, cross-faded over `FADE` samples.
 
     Ends put together as they are would click, and a click is a fault of a recording.
     """
-    edges = [0, *(edge for span in spans for edge in span), len(waveform)]
-    first, *rest = [waveform[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+    whole, *rest = parts
     for part in rest:
-        overlap = min(FADE, len(first), len(part))
+        overlap = min(FADE, len(whole), len(part))
         rise = np.linspace(0, 1, overlap, dtype=np.float32)
-        seam = first[-overlap:] * (1 - rise) + part[:overlap] * rise
-        first = np.concatenate([first[:-overlap], seam, part[overlap:]])
-    return first
+        seam = whole[-overlap:] * (1 - rise) + part[:overlap] * rise
+        whole = np.concatenate([whole[:-overlap], seam, part[overlap:]])
+    return whole
+
+
+def tilted(waveform: NDArray, tilt_db: float) -> NDArray:
+    """Filter a recording (samples,) so that its level at 1600 Hz over that at 100 Hz is `tilt_db` more, without delay.
+
+    The gain is 0 dB at 400 Hz, goes with the octaves, and beyond both frequencies is what it is there.
+    """
+    octaves = np.log2(np.clip(np.fft.rfftfreq(len(waveform), 1 / RATE), 100, 1600) / 400)
+    return np.fft.irfft(np.fft.rfft(waveform) * 10 ** (tilt_db / 4 * octaves / 20), len(waveform)).astype(np.float32)
 
 
 def reads_device(fitted: Sequence[Fitted], icbhi: Recordings) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

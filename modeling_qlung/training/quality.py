@@ -2,9 +2,11 @@
 
     python -m modeling_qlung.training.quality --data_dir SPRSOUND
 
-The labels are SPRSound's "Poor Quality" of whole recordings (Zhang et al. 2022). The network sees ten seconds of
-each, sometimes of a copy with a little noise, under the recording's own label, or of one with much, as unusable. It
-needs no copies of other gains or rates: what it reads does not depend on these.
+The labels are SPRSound's "Poor Quality" of whole recordings (Zhang et al. 2022). The network sees parts of each of two
+to ten seconds, often the beginning, sometimes of a copy with a little noise, under the recording's own label, or of one
+with much, as unusable. No poor recording has an event, so that wheezes would be rare in short parts: some batches hold
+events of the usable recordings, as many wheezes and crackles as normal ones, and as short parts of the poor ones. It
+needs no copies of other gains, filters or rates: what it reads does not depend on these.
 
 Writes `quality_parameters_qlung.py`, and prints how well children that were not in fitting are told. With `--ceiling`
 it writes nothing, and prints how well networks of other sizes do, and with fewer children to learn from.
@@ -13,12 +15,13 @@ it writes nothing, and prints how well networks of other sizes do, and with fewe
 import argparse
 import hashlib
 import json
+import math
 import textwrap
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -29,20 +32,34 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-import hf_datasets
+from hf_datasets.labels import EVENT_TYPES
 
 from .. import quality_parameters_qlung
-from ..evaluation.noises import DEGRADATIONS, degrade
+from ..evaluation.noises import DEGRADATIONS, RATE, degrade
 from ..evaluation.quality_measures import discrimination
-from ..inference import read_audio
-from ..quality_qlung import LEVEL_BANDS, learned_quality, quality_levels, reason_measurements
+from ..evaluation.quality_recordings import Recordings, load
+from ..quality_qlung import (
+    LEVEL_BANDS,
+    LEVEL_FRAME_S,
+    SHORTEST_FRAMES,
+    band_powers,
+    learned_quality,
+    reason_measurements,
+    relative_levels,
+)
 
-RATE = 16000
 FOLDS = 5
-CROP = 312  # frames of 32 ms: 10 s
+LONGEST = 312  # frames of 32 ms: 10 s
+WHOLE_SHARE, BEGINNING_SHARE = 0.5, 0.3  # of batches are of the longest parts, of parts are of a recording's beginning
+EVENT_SHARE, LONGEST_EVENT = 0.3, 125  # of batches are of events; frames
+EVENT_KINDS = {
+    "wheezes": ("Wheeze", "Rhonchi", "Stridor", "Wheeze+Crackle"),
+    "crackles": ("Coarse Crackle", "Fine Crackle"),
+    "normal": ("Normal",),
+}
 COPIES, COPY_SHARES = ("recorded", "little noise", "much noise"), (0.85, 0.1, 0.05)
-CHANNELS, KERNEL, LAYERS = 8, 5, 4  # 1,977 numbers
-BATCH_SIZE, LEARNING_RATE = 48, 4e-3
+CHANNELS, KERNEL, LAYERS = 8, 5, 4  # 1,969 numbers
+EPOCHS, BATCH_SIZE, LEARNING_RATE = 60, 48, 4e-3
 SPOILED = COPIES.index("much noise")
 MILDEST, SEVEREST = 2, 2  # of the levels of each degradation
 
@@ -60,11 +77,12 @@ class QualityNetwork(nn.Module):
         super().__init__()
         widths = [LEVEL_BANDS, *[channels] * (LAYERS - 1)]
         self.convolutions = nn.ModuleList(
-            nn.Conv1d(width, channels, KERNEL, padding=KERNEL // 2, bias=False) for width in widths
+            nn.Conv1d(width, channels, KERNEL, padding=KERNEL // 2, padding_mode="circular", bias=False)
+            for width in widths
         )
         self.norms = nn.ModuleList(nn.BatchNorm1d(channels) for _ in widths)
         self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(3 * channels, 1)
+        self.output = nn.Linear(2 * channels, 1)
 
     def forward(self, levels: Tensor) -> Tensor:
         """Map levels (batch, 24, frames) to the logit of being usable (batch,)."""
@@ -73,7 +91,7 @@ class QualityNetwork(nn.Module):
             if number:
                 hidden = self.dropout(F.max_pool1d(hidden, 2))
             hidden = F.relu(norm(convolution(hidden)))
-        pooled = torch.cat([hidden.mean(dim=2), hidden.std(dim=2, correction=0), hidden.amax(dim=2)], dim=1)
+        pooled = torch.cat([hidden.mean(dim=2), hidden.std(dim=2, correction=0)], dim=1)
         return self.output(self.dropout(pooled))[:, 0]
 
     def export(self, slope: float = 1.0, offset: float = 0.0) -> dict[str, Any]:
@@ -101,8 +119,24 @@ def _rounded(values: Any) -> Any:
 # ---- What it is trained on ----
 
 
-def make_copies(waveform: NDArray) -> list[Tensor]:
-    """Make the `COPIES` of a recording (samples,) at 16 kHz and give their levels, half precision.
+class Event(NamedTuple):
+    """An annotated event, in frames of its recording."""
+
+    type: str
+    start: int
+    end: int
+
+
+class Example(NamedTuple):
+    """A recording to learn from."""
+
+    powers: list[Tensor]  # of each of its `COPIES`, (24, frames)
+    usable: bool
+    events: list[Event]
+
+
+def make_example(waveform: NDArray, usable: bool, events: Sequence[Event]) -> Example:
+    """Make the `COPIES` of a recording (samples,) at 16 kHz and measure their power in bands.
 
     The noise, of one kind of `DEGRADATIONS`, is drawn by the recording's samples.
     """
@@ -111,57 +145,117 @@ def make_copies(waveform: NDArray) -> list[Tensor]:
     for levels in (slice(MILDEST), slice(-SEVEREST, None)):
         kind = rng.choice(list(DEGRADATIONS))
         noisy.append(rng.choice(degrade(waveform, kind, int(rng.integers(2**32)))[levels]))
-    return [quality_levels(copy, RATE).half() for copy in (waveform, *noisy)]
+    return Example([band_powers(copy, RATE) for copy in (waveform, *noisy)], usable, list(events))
 
 
-class Examples(NamedTuple):
-    """Levels of all copies of recordings, repeated to one length, and what is known of them."""
-
-    levels: Tensor  # (recordings, copies, 24, frames)
-    frames: Tensor  # (recordings,) that are not repetition
-    usable: Tensor  # (recordings,) 1.0 or 0.0
-
-    def draw(self, chosen: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draw a copy and a part of `CROP` frames of each of the chosen recordings: levels and targets."""
-        number = len(chosen)
-        copy = torch.multinomial(torch.tensor(COPY_SHARES), number, replacement=True, generator=generator)
-        start = torch.rand(number, generator=generator) * (self.frames[chosen] - CROP + 1).clamp_min(1)
-        places = start.long()[:, None] + torch.arange(CROP)
-        levels = self.levels[chosen, copy].gather(2, places[:, None].expand(-1, LEVEL_BANDS, -1)).float()
-        return levels, self.usable[chosen] * (copy != SPOILED)
+_remembered: dict[bytes, Example] = {}  # by the recording's digest: folds share recordings
 
 
-def collect(copies: Sequence[list[Tensor]], usable: NDArray) -> Examples:
-    """Put what [`make_copies`] gave of each recording into tensors."""
-    longest = max(max(levels[0].shape[1] for levels in copies), CROP)
+def make_examples(recordings: Recordings) -> list[Example]:
+    """Make an example of every recording, once per process."""
+    examples = []
+    for waveform, poor, cycles in zip(recordings.waveforms, recordings.poor, recordings.table["cycles"], strict=True):
+        digest = hashlib.sha256(waveform.tobytes()).digest()
+        if digest not in _remembered:
+            events = [
+                Event(
+                    EVENT_TYPES[one["event_type"]],
+                    int(one["start"] / LEVEL_FRAME_S),
+                    math.ceil(one["end"] / LEVEL_FRAME_S),
+                )
+                for one in cycles
+            ]
+            _remembered[digest] = make_example(waveform, not poor, events)
+        examples.append(_remembered[digest])
+    return examples
 
-    def repeated(levels: Tensor) -> Tensor:
-        return levels.repeat(1, -(-longest // levels.shape[1]))[:, :longest]
 
-    return Examples(
-        torch.stack([torch.stack([repeated(one) for one in levels]) for levels in copies]),
-        torch.tensor([levels[0].shape[1] for levels in copies]),
-        torch.tensor(usable, dtype=torch.float32),
-    )
+class Batches:
+    """
+    Draws what the network is trained on: levels (batch, 24, frames) of parts of one length, and targets (batch,).
+
+    Args:
+        examples: the recordings.
+        rng: draws.
+    """
+
+    def __init__(self, examples: Sequence[Example], rng: np.random.Generator) -> None:
+        self.examples, self.rng = examples, rng
+        found: dict[str, dict[str, list[tuple[Example, Event]]]] = {kind: defaultdict(list) for kind in EVENT_KINDS}
+        for example in examples:
+            for event in example.events if example.usable else ():
+                kind = next(kind for kind, types in EVENT_KINDS.items() if event.type in types)
+                found[kind][event.type].append((example, event))
+        self.events = [[*types.values()] for types in found.values() if types]  # by kind and type
+        self.durations = [event.end - event.start for types in self.events for events in types for _, event in events]
+
+    def __call__(self, chosen: NDArray) -> tuple[Tensor, Tensor]:
+        """Draw a part of each of the chosen recordings (batch,), or an event instead of each usable one."""
+        if self.events and self.rng.random() < EVENT_SHARE:
+            frames = self._length(LONGEST_EVENT)
+            drawn = [self._event(self.examples[index], frames) for index in chosen]
+        else:
+            frames = LONGEST if self.rng.random() < WHOLE_SHARE else self._length(LONGEST)
+            drawn = [self._part(self.examples[index], frames) for index in chosen]
+        levels, targets = zip(*drawn, strict=True)
+        return torch.stack(levels), torch.tensor(targets)
+
+    def _length(self, longest: int) -> int:
+        """Frames: as many of one to two times a length as of two to four times it."""
+        return round(math.exp(self.rng.uniform(math.log(SHORTEST_FRAMES), math.log(longest))))
+
+    def _copy(self, example: Example) -> tuple[Tensor, float]:
+        """The powers of one of the recording's copies, and whether it is usable."""
+        copy = int(self.rng.choice(len(COPIES), p=COPY_SHARES))
+        return example.powers[copy], float(example.usable and copy != SPOILED)
+
+    def _part(self, example: Example, frames: int) -> tuple[Tensor, float]:
+        powers, target = self._copy(example)
+        last = powers.shape[1] - frames
+        if last <= 0:
+            return repeated(relative_levels(powers), frames), target
+        start = 0 if self.rng.random() < BEGINNING_SHARE else int(self.rng.integers(last + 1))
+        return relative_levels(powers[:, start : start + frames]), target
+
+    def _event(self, example: Example, frames: int) -> tuple[Tensor, float]:
+        """Of a usable recording: an event of any, each kind and each type in it as often as others."""
+        if example.usable:
+            types = self.events[self.rng.integers(len(self.events))]
+            events = types[self.rng.integers(len(types))]
+            example, event = events[self.rng.integers(len(events))]
+            powers, target = self._copy(example)
+            start, duration = event.start, event.end - event.start
+        else:
+            powers, target = self._copy(example)
+            duration = self.durations[self.rng.integers(len(self.durations))]
+            start = int(self.rng.integers(max(1, powers.shape[1] - duration + 1)))
+        start = min(start, powers.shape[1] - min(duration, powers.shape[1]))
+        return repeated(relative_levels(powers[:, start : start + duration]), frames), target
+
+
+def repeated(levels: Tensor, frames: int) -> Tensor:
+    """Repeat levels (24, any) up to (24, frames), or cut them."""
+    return levels.repeat(1, -(-frames // levels.shape[1]))[:, :frames]
 
 
 # ---- Training ----
 
 
-def train(examples: Examples, seed: int = 0, channels: int = CHANNELS, epochs: int = 40) -> QualityNetwork:
+def train(examples: Sequence[Example], seed: int = 0, channels: int = CHANNELS, epochs: int = EPOCHS) -> QualityNetwork:
     """Train a network on all of the examples: AdamW, one cycle of the learning rate, mixup, random level and tilt."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = QualityNetwork(channels)
         generator = torch.Generator().manual_seed(seed)
         rng = np.random.default_rng(seed)
-        steps = max(1, len(examples.usable) // BATCH_SIZE)
+        draw = Batches(examples, rng)
+        steps = max(1, len(examples) // BATCH_SIZE)
         optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * steps)
         network.train()
         for _ in range(epochs):
-            for chosen in torch.randperm(len(examples.usable), generator=generator).chunk(steps):
-                levels, usable = _augmented(*examples.draw(chosen, generator), generator, rng)
+            for chosen in np.array_split(rng.permutation(len(examples)), steps):
+                levels, usable = _augmented(*draw(chosen), generator, rng)
                 # One recording in eleven is poor: as if it were one in three.
                 loss = F.binary_cross_entropy_with_logits(network(levels), usable, weight=1 + 4 * (1 - usable))
                 optimizer.zero_grad()
@@ -192,8 +286,7 @@ def _augmented(
 
 
 def held_out_logits(
-    copies: Sequence[list[Tensor]],
-    usable: NDArray,
+    examples: Sequence[Example],
     patients: NDArray,
     folds: int = FOLDS,
     seed: int = 0,
@@ -203,32 +296,31 @@ def held_out_logits(
     """Give the logits (n,) of recordings by networks fitted on other patients, NaN where they were not held out.
 
     Args:
-        copies: what [`make_copies`] gave of each recording.
-        usable: (n,) bool.
+        examples: of the recordings.
         patients: (n,), kept apart.
         folds: how many of `FOLDS` folds are held out in turn.
         seed: of the folds and the networks.
         channels: of the networks.
         share: of the other patients that they are fitted on.
     """
-    logits = np.full(len(usable), np.nan)
+    usable = np.array([example.usable for example in examples])
+    logits = np.full(len(examples), np.nan)
     splits = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(usable, usable, patients)
     for (kept, unseen), number in zip(splits, range(folds), strict=False):
         others = np.random.default_rng((seed, number)).permutation(np.unique(patients[kept]))
         kept = kept[np.isin(patients[kept], others[: round(share * len(others))])]
-        network = train(collect([copies[index] for index in kept], usable[kept]), seed, channels)
-        logits[unseen] = score(network, [copies[index][0] for index in unseen])
+        network = train([examples[index] for index in kept], seed, channels)
+        logits[unseen] = score(network, [examples[index] for index in unseen])
     return logits
 
 
 def fit(
-    copies: Sequence[list[Tensor]], usable: NDArray, patients: NDArray, folds: int = FOLDS, seed: int = 0
+    examples: Sequence[Example], patients: NDArray, folds: int = FOLDS, seed: int = 0
 ) -> tuple[dict[str, Any], NDArray]:
     """Fit the learned score: a network on all recordings, its logit calibrated on recordings of unseen patients.
 
     Args:
-        copies: what [`make_copies`] gave of each recording.
-        usable: (n,) bool.
+        examples: of the recordings.
         patients: (n,), kept apart.
         folds: how many of `FOLDS` folds are held out in turn, to calibrate on; each costs one more training.
         seed: of everything.
@@ -237,42 +329,32 @@ def fit(
         The parameters for `learned_quality`, and the calibrated logits (n,) of recordings while they were held out, NaN
         where they were not.
     """
-    logits = held_out_logits(copies, usable, patients, folds, seed)
+    logits = held_out_logits(examples, patients, folds, seed)
     held_out = ~np.isnan(logits)
+    usable = np.array([example.usable for example in examples])
     platt = LogisticRegression(C=1e6).fit(logits[held_out, None], usable[held_out])
     slope, offset = float(platt.coef_[0, 0]), float(platt.intercept_[0])
-    return train(collect(copies, usable), seed).export(slope, offset), slope * logits + offset
+    return train(examples, seed).export(slope, offset), slope * logits + offset
 
 
-_remembered: dict[bytes, list[Tensor]] = {}  # copies by the recording's digest: folds share recordings
-
-
-def fit_learned(
-    waveforms: Sequence[NDArray], levels: Sequence[Tensor], usable: NDArray, patients: NDArray
-) -> Callable[[Sequence[Tensor]], NDArray]:
+def fit_learned(recordings: Recordings, levels: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], NDArray]:
     """Fit the score as [`fit`] does, calibrated on one fold: the form in which `evaluation.quality` refits scores.
 
     Args:
-        waveforms: (samples,) each, at 16 kHz; copies of them are made once per process.
-        levels: of the waveforms, from `quality_levels`; made anew here, with those of the copies.
-        usable: (n,) bool.
-        patients: (n,).
+        recordings: with their labels and events.
+        levels: of the recordings, from `quality_levels`; made anew here, with those of copies and parts.
 
     Returns:
         A function from levels of m recordings to their scores (m,).
     """
-    digests = [hashlib.sha256(waveform.tobytes()).digest() for waveform in waveforms]
-    for digest, waveform in zip(digests, waveforms, strict=True):
-        if digest not in _remembered:
-            _remembered[digest] = make_copies(waveform)
-    parameters, _ = fit([_remembered[digest] for digest in digests], usable, patients, folds=1)
+    parameters, _ = fit(make_examples(recordings), recordings.patients, folds=1)
     return lambda unseen: np.array([learned_quality(one, parameters) for one in unseen])
 
 
 @torch.no_grad()
-def score(network: QualityNetwork, levels: Sequence[Tensor]) -> NDArray:
-    """Give the logits of recordings' levels, (24, frames) each."""
-    return np.array([float(network(one[None].float())) for one in levels])
+def score(network: QualityNetwork, examples: Sequence[Example]) -> NDArray:
+    """Give the logits of recordings as they are."""
+    return np.array([float(network(relative_levels(example.powers[0])[None])) for example in examples])
 
 
 # ---- Reasons ----
@@ -318,15 +400,14 @@ WIDTHS = (4, 8, 16, 32)
 SHARES = (0.25, 0.5, 0.75)
 
 
-def ceiling(copies: Sequence[list[Tensor]], usable: NDArray, patients: NDArray) -> Iterator[tuple[str, int, NDArray]]:
+def ceiling(examples: Sequence[Example], patients: NDArray) -> Iterator[tuple[str, int, NDArray]]:
     """Score recordings of children that were held out, with networks of growing size, fitted on more and more children.
 
     `ASIDE` children are put aside. Of the others, every fifth in turn is held out; those put aside are scored last, by
     the shipped architecture fitted on all others.
 
     Args:
-        copies: what [`make_copies`] gave of each recording.
-        usable: (n,) bool.
+        examples: of the recordings.
         patients: (n,).
 
     Yields:
@@ -334,15 +415,14 @@ def ceiling(copies: Sequence[list[Tensor]], usable: NDArray, patients: NDArray) 
     """
     aside = np.isin(patients, np.random.default_rng(2022).permutation(np.unique(patients))[:ASIDE])
     others = np.flatnonzero(~aside)
-    known = [copies[index] for index in others.tolist()]
+    known = [examples[index] for index in others.tolist()]
     settings = [(1.0, channels) for channels in WIDTHS] + [(share, CHANNELS) for share in SHARES]
     for share, channels in settings:
-        logits = np.full(len(usable), np.nan)
-        logits[others] = held_out_logits(known, usable[others], patients[others], channels=channels, share=share)
+        logits = np.full(len(examples), np.nan)
+        logits[others] = held_out_logits(known, patients[others], channels=channels, share=share)
         yield f"{channels} channels, {share:.0%} of the children in each fold", _size(channels), logits
-    logits = np.full(len(usable), np.nan)
-    network = train(collect(known, usable[others]))
-    logits[aside] = score(network, [levels[0] for levels, left in zip(copies, aside, strict=True) if left])
+    logits = np.full(len(examples), np.nan)
+    logits[aside] = score(train(known), [example for example, left in zip(examples, aside, strict=True) if left])
     yield f"{CHANNELS} channels, the {ASIDE} children put aside", _size(CHANNELS), logits
 
 
@@ -351,12 +431,13 @@ def _size(channels: int) -> int:
     return sum(values.numel() for values in QualityNetwork(channels).parameters()) - LAYERS * channels
 
 
-def print_ceiling(copies: Sequence[list[Tensor]], usable: NDArray, patients: NDArray) -> None:
+def print_ceiling(examples: Sequence[Example], patients: NDArray) -> None:
     """Print what [`ceiling`] scores as a Markdown table, with 95 % intervals by child."""
     print("| network | numbers | recordings, poor | AUROC | 95 % |\n| --- | ---: | ---: | ---: | ---: |")
-    for what, numbers, logits in ceiling(copies, usable, patients):
+    poor = np.array([not example.usable for example in examples])
+    for what, numbers, logits in ceiling(examples, patients):
         scored = ~np.isnan(logits)
-        about = discrimination(logits[None, scored], ~usable[scored], patients[scored])
+        about = discrimination(logits[None, scored], poor[scored], patients[scored])
         auroc, ends = about["auroc"]["mean"], " to ".join(f"{end:.3f}" for end in about["auroc"]["interval"] or ())
         print(f"| {what} | {numbers:,} | {about['n']:,}, {about['poor']} | {auroc:.3f} | {ends} |", flush=True)
 
@@ -387,19 +468,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path(quality_parameters_qlung.__file__), help="file to write")
     args = parser.parse_args(argv)
-    rows = hf_datasets.load("sprsound", args.data_dir, config="recordings", split="train")
-    poor = rows.features["record_label"].str2int("Poor Quality")
-    usable = np.array(rows["record_label"][:]) != poor
-    encoded = rows.cast_column("audio", datasets.Audio(decode=False))["audio"]
-    waveforms = [read_audio(audio["bytes"], RATE) for audio in encoded]
-    copies = [make_copies(waveform) for waveform in waveforms]
-    patients = np.array(rows["patient_id"][:])
+    recordings = load("sprsound", args.data_dir)["train"]
+    examples, usable = make_examples(recordings), ~recordings.poor
     if args.ceiling:
-        print_ceiling(copies, usable, patients)
+        print_ceiling(examples, recordings.patients)
         return
-    parameters, logits = fit(copies, usable, patients)
+    parameters, logits = fit(examples, recordings.patients)
     good = np.random.default_rng(0).permutation(np.flatnonzero(usable))[:400]
-    write(parameters, fit_reasons([waveforms[index] for index in good]), args.output)
+    write(parameters, fit_reasons([recordings.waveforms[index] for index in good]), args.output)
     brier = np.mean((1 / (1 + np.exp(-logits)) - usable) ** 2)
     print(f"{len(usable)} recordings, {(~usable).sum()} poor ({(~usable).mean():.1%}); written to {args.output}")
     print(f"children not in fitting: AUROC {roc_auc_score(usable, logits):.3f}, Brier score {brier:.4f}")

@@ -1,33 +1,44 @@
 """Fitting the learned quality score, on sounds whose quality is known."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from modeling_qlung.quality_qlung import LEVEL_BANDS, learned_quality, quality_levels
+from modeling_qlung.evaluation.quality_recordings import POOR, Recordings
+from modeling_qlung.quality_qlung import (
+    LEVEL_BANDS,
+    SHORTEST_FRAMES,
+    band_powers,
+    learned_quality,
+    quality_levels,
+    relative_levels,
+)
 from modeling_qlung.training import quality
 from modeling_qlung.training.quality import (
     ASIDE,
     CHANNELS,
     COPIES,
     COPY_SHARES,
-    CROP,
+    LONGEST,
     OWN_NOISE,
     SPOILED,
-    Examples,
+    Batches,
+    Event,
+    Example,
     QualityNetwork,
     ceiling,
-    collect,
     fit,
     fit_learned,
     fit_reasons,
-    make_copies,
+    make_example,
+    make_examples,
     print_ceiling,
     train,
     write,
@@ -50,16 +61,26 @@ def sound(usable: bool, seed: int, seconds: float = 4.0) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def recordings():
-    """Waveforms, their copies' levels, whether they are usable, and their patients, of four recordings each."""
+    """Four of each child, two of three usable, with two events each."""
     usable = np.arange(RECORDINGS) % 3 > 0
     waveforms = [sound(good, seed) for seed, good in enumerate(usable)]
-    return waveforms, [make_copies(waveform) for waveform in waveforms], usable, np.arange(RECORDINGS) // 4
+    cycles = [
+        [{"start": 0.5, "end": 1.25, "event_type": 0}, {"start": 2.0, "end": 2.5, "event_type": 2}] if good else []
+        for good in usable
+    ]
+    labels = np.where(usable, "Normal", POOR)
+    table = pd.DataFrame({"patient_id": np.arange(RECORDINGS) // 4, "record_label": labels, "cycles": cycles})
+    return Recordings(waveforms, table)
 
 
 @pytest.fixture(scope="module")
-def fitted(recordings):
-    _, copies, usable, patients = recordings
-    return fit(copies, usable, patients, folds=1)
+def examples(recordings):
+    return make_examples(recordings)
+
+
+@pytest.fixture(scope="module")
+def fitted(recordings, examples):
+    return fit(examples, recordings.patients, folds=1)
 
 
 def test_what_is_exported_is_the_network():
@@ -78,39 +99,78 @@ def test_what_is_exported_is_the_network():
     assert 0.01 < score < 0.99
 
 
-def test_copies_are_the_recordings_own_and_come_out_the_same_again(recordings):
-    waveforms, copies, _, _ = recordings
-    again = make_copies(waveforms[1])
-    assert len(again) == len(COPIES) == len(COPY_SHARES)
-    assert all(torch.equal(one, other) for one, other in zip(copies[1], again, strict=True))
-    assert torch.equal(again[0], quality_levels(waveforms[1]).half())
-    little, much = ((again[number] - again[0]).float().abs().mean() for number in (1, SPOILED))
+def test_copies_are_the_recordings_own_and_come_out_the_same_again(recordings, examples):
+    again = make_example(recordings.waveforms[1], True, [])
+    assert len(again.powers) == len(COPIES) == len(COPY_SHARES)
+    assert all(torch.equal(one, other) for one, other in zip(examples[1].powers, again.powers, strict=True))
+    assert torch.equal(again.powers[0], band_powers(recordings.waveforms[1]))
+    levels = torch.stack([torch.stack([relative_levels(copy) for copy in example.powers]) for example in examples])
+    little, much = ((levels[:, number] - levels[:, 0]).abs().mean() for number in (1, SPOILED))
     assert 0 < little < much
 
 
-def test_what_is_drawn_is_a_part_and_much_noise_is_unusable(recordings):
-    _, copies, usable, _ = recordings
-    examples = collect(copies, usable)
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.arange(RECORDINGS).repeat(20)
-    levels, targets = examples.draw(chosen, generator)
-    assert levels.shape == (len(chosen), LEVEL_BANDS, CROP)
-    for drawn, target, index in zip(levels, targets, chosen.tolist(), strict=True):
-        frames = copies[index][0].shape[1]
-        # Recordings of 4 s are repeated to 10 s: a part starts anywhere in the first round.
-        which = [
-            number
-            for number, copy in enumerate(copies[index])
-            for start in [int((copy.float() - drawn[:, :1]).abs().sum(dim=0).argmin())]
-            if torch.equal(copy.repeat(1, 5)[:, start : start + CROP].float(), drawn) and start < frames
-        ]
-        assert which
-        assert float(target) == float(usable[index] and which[0] != SPOILED)
+def test_events_are_those_of_usable_recordings_in_frames(examples):
+    assert [bool(example.events) for example in examples] == [example.usable for example in examples]
+    assert examples[1].events == [Event("Normal", 15, 40), Event(examples[1].events[1].type, 62, 79)]
 
 
-def test_training_is_repeatable_and_leaves_the_random_state_alone(recordings):
-    _, copies, usable, _ = recordings
-    examples = collect(copies, usable)
+def counting(number, frames, usable, events=()):
+    """An example whose power in every band is the number of its frame, from a thousand times its own on."""
+    powers = [1000.0 * number + torch.arange(1.0, frames + 1).expand(LEVEL_BANDS, -1) for _ in COPIES]
+    return Example(powers, usable, list(events))
+
+
+def test_parts_are_of_one_length_and_often_the_beginning(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(quality, "EVENT_SHARE", 0.0)
+    monkeypatch.setattr(quality, "relative_levels", lambda powers: powers)
+    draw = Batches([counting(1, 500, True), counting(2, 40, False)], np.random.default_rng(0))
+    lengths, starts = [], []
+    for _ in range(400):
+        levels, targets = draw(np.array([0, 1]))
+        assert levels.shape[:2] == (2, LEVEL_BANDS)
+        lengths.append(levels.shape[2])
+        starts.append(int(levels[0, 0, 0]) - 1001)
+        assert torch.equal(levels[0].diff(dim=1), torch.ones(LEVEL_BANDS, lengths[-1] - 1))
+        assert torch.equal(levels[1], counting(2, 40, False).powers[0].repeat(1, 8)[:, : lengths[-1]])
+        assert targets[1] == 0
+    assert SHORTEST_FRAMES <= min(lengths) < 70
+    assert max(lengths) == LONGEST
+    assert 0.45 < np.mean(np.array(lengths) == LONGEST) < 0.56
+    assert 0.24 < np.mean(np.array(starts) == 0) < 0.37
+    assert max(starts) > 300
+
+
+def test_much_noise_is_unusable(monkeypatch: pytest.MonkeyPatch, examples):
+    monkeypatch.setattr(quality, "EVENT_SHARE", 0.0)
+    monkeypatch.setattr(quality, "COPY_SHARES", tuple(float(number == SPOILED) for number in range(len(COPIES))))
+    assert not Batches(examples, np.random.default_rng(0))(np.arange(RECORDINGS))[1].any()
+
+
+def test_wheezes_and_crackles_are_drawn_as_often_as_normal_events(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(quality, "EVENT_SHARE", 1.0)
+    monkeypatch.setattr(quality, "relative_levels", lambda powers: powers)
+    monkeypatch.setattr(quality, "COPY_SHARES", (1.0, 0.0, 0.0))
+    common = [Event("Normal", start, start + 20) for start in range(0, 200, 20)]
+    rare = [Event("Wheeze", 200, 230), Event("Rhonchi", 230, 240), Event("Fine Crackle", 495, 520)]
+    examples = [counting(1, 500, True, common), counting(2, 500, True, rare), counting(3, 300, False)]
+    draw = Batches(examples, np.random.default_rng(0))
+    places = {"normal": 0, "Wheeze": 0, "Rhonchi": 0, "Fine Crackle": 0}
+    for _ in range(600):
+        levels, targets = draw(np.array([0, 2]))
+        assert targets.tolist() == [1.0, 0.0]
+        part, poor = levels[0, 0], levels[1, 0]
+        assert 3000 < poor.min() <= poor.max() < 3301
+        # An event of any usable recording, repeated, whichever was chosen; what passes the end is moved before it.
+        found = int(part[0]) - 1
+        name = {1200: "Wheeze", 1230: "Rhonchi", 1475: "Fine Crackle"}.get(found - 1000, "normal")
+        places[name] += 1
+        duration = {"normal": 20, "Wheeze": 30, "Rhonchi": 10, "Fine Crackle": 25}[name]
+        assert torch.equal(part[duration : duration + 30], part[:30])
+    assert all(160 < count < 240 for count in (places["normal"], places["Fine Crackle"]))
+    assert all(70 < places[name] < 130 for name in ("Wheeze", "Rhonchi"))
+
+
+def test_training_is_repeatable_and_leaves_the_random_state_alone(examples):
     state = torch.get_rng_state()
     first, second, other = (train(examples, seed, epochs=2).export() for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
@@ -118,7 +178,7 @@ def test_training_is_repeatable_and_leaves_the_random_state_alone(recordings):
 
 
 def test_a_fit_tells_other_patients_recordings_and_is_calibrated_on_a_fold_of_them(recordings, fitted):
-    _, _, usable, patients = recordings
+    usable, patients = ~recordings.poor, recordings.patients
     parameters, logits = fitted
     held_out = ~np.isnan(logits)
     assert 0 < held_out.sum() < RECORDINGS / 2
@@ -131,10 +191,9 @@ def test_a_fit_tells_other_patients_recordings_and_is_calibrated_on_a_fold_of_th
 
 
 def test_the_form_that_is_refitted_in_folds_is_the_same_fit(recordings, fitted):
-    waveforms, _, usable, patients = recordings
-    levels = [quality_levels(waveform) for waveform in waveforms]
-    scores = fit_learned(waveforms, levels, usable, patients)(levels[:5])
-    assert scores.tolist() == [learned_quality(one, fitted[0]) for one in levels[:5]]
+    levels = [quality_levels(waveform) for waveform in recordings.waveforms[:5]]
+    scores = fit_learned(recordings, [])(levels)
+    assert scores.tolist() == [learned_quality(one, fitted[0]) for one in levels]
 
 
 class Remembering:
@@ -143,8 +202,10 @@ class Remembering:
     def __init__(self) -> None:
         self.fitted: list[tuple[int, set[int]]] = []  # channels, and patients whose number their levels are
 
-    def __call__(self, examples: Examples, seed: int = 0, channels: int = CHANNELS) -> Callable[[Tensor], Tensor]:
-        known = {int(number) for number in examples.levels[:, 0, 0, 0]}
+    def __call__(
+        self, examples: Sequence[Example], seed: int = 0, channels: int = CHANNELS
+    ) -> Callable[[Tensor], Tensor]:
+        known = {int(example.powers[0][0, 0]) for example in examples}
         self.fitted.append((channels, known))
         return lambda levels: torch.tensor(float(int(levels[0, 0, 0]) in known))
 
@@ -152,11 +213,15 @@ class Remembering:
 def test_the_ceiling_is_of_children_not_fitted_on_and_of_those_put_aside(monkeypatch: pytest.MonkeyPatch):
     patients = np.repeat(np.arange(ASIDE + 20), 3)
     usable = np.tile([True, True, False], ASIDE + 20)
-    copies = [[torch.full((LEVEL_BANDS, 20), float(patient)).half()] * len(COPIES) for patient in patients]
+    examples = [
+        Example([torch.full((LEVEL_BANDS, 20), float(patient))], bool(good), [])
+        for patient, good in zip(patients, usable, strict=True)
+    ]
     remembering = Remembering()
     monkeypatch.setattr(quality, "train", remembering)
-    rows = list(ceiling(copies, usable, patients))
-    assert [numbers for _, numbers, _ in rows] == [749, 1977, 5873, 19425, *[1977] * 4]
+    monkeypatch.setattr(quality, "relative_levels", lambda powers: powers)
+    rows = list(ceiling(examples, patients))
+    assert [numbers for _, numbers, _ in rows] == [745, 1969, 5857, 19393, *[1969] * 4]
     assert all(np.nanmax(logits) == 0 for *_, logits in rows)  # nobody scored was known
     scored = [set(patients[~np.isnan(logits)].tolist()) for *_, logits in rows]
     assert all(children == scored[0] for children in scored[:-1])
@@ -175,7 +240,7 @@ def test_the_ceiling_is_printed_as_a_table(monkeypatch: pytest.MonkeyPatch, caps
         return [("all", 7, np.where(usable, 2.0, -1.0)), ("half", 7, np.where(patients < 10, 0.0, np.nan))]
 
     monkeypatch.setattr(quality, "ceiling", rows)
-    print_ceiling([], usable, patients)
+    print_ceiling([Example([], bool(good), []) for good in usable], patients)
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| all | 7 | 40, 20 | 1.000 | 1.000 to 1.000 |",
         "| half | 7 | 20, 10 | 0.500 | 0.500 to 0.500 |",
