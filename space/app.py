@@ -397,7 +397,7 @@ def build() -> gr.Blocks:
             "sure the model is, and whether the recording is good enough to tell.</p></div>"
         )
         points = analyzer().operating_points
-        about = f"<p>{escape(points.about)}</p>" if points else ""
+        about = f"<p>{escape(points.about)} {escape(wording.evidence(points))}</p>" if points else ""
         gr.HTML(f'<div class="q-notice" role="note">{wording.NOT_A_DEVICE}{about}</div>')
         with gr.Tab("Recording"):
             _recording_tab()

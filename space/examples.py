@@ -4,8 +4,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "sounds"
 ABOUT = (
-    "No recording at hand? Simulated ones show how the page works. The model in the box knows real ones alone, and "
-    "says of these that it can’t tell."
+    "No recording at hand? Simulated ones show how the page works. The model in the box learned from "
+    "real ones alone: what it marks in these means nothing."
 )
 # name: (file, device, seed, kinds of its cycles)
 EXAMPLES: dict[str, tuple[str, int, int, list[str]]] = {

@@ -73,6 +73,21 @@ def operating_point(points: OperatingPoints | None, threshold: float) -> str:
     )
 
 
+def evidence(points: OperatingPoints) -> str:
+    """Say how well the model told abnormal from normal recordings of each group it was measured on, if of any."""
+    told = [
+        f"{_percent(part['recordings']['AUROC'][0])} of {part['of']}"
+        for part in points.scores
+        if part["recordings"]["AUROC"][0] is not None
+    ]
+    if not told:
+        return ""
+    return (
+        "It ranked a recording with an abnormal sound above one without (AUROC; a coin has 50 %) in: "
+        f"{', '.join(told)}. On people and stethoscopes unlike these, expect no better."
+    )
+
+
 def quality(analysis: Analysis) -> str:
     """Say how good the recording is, and why it is not better."""
     if analysis.quality is None:

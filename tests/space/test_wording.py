@@ -1,6 +1,7 @@
 """What the page says of an analysis."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -79,3 +80,14 @@ def test_operating_point_says_on_whom_and_between_the_tables_lines(tmp_path):
     assert said.endswith("sensitivity 20 % of 300, specificity 42 % of 900.")
     assert "does not say" in wording.operating_point(None, 0.5)
     assert json.loads((tmp_path / "operating_points.json").read_text())["patients"] == 50
+
+
+def test_how_well_it_told_each_group_is_said(tmp_path):
+    points = OperatingPoints.from_file(save_checkpoint(tmp_path) / "operating_points.json")
+    assert wording.evidence(points) == ""
+    scores = [
+        {"of": name, "recordings": {"AUROC": [value, None, None]}}
+        for name, value in (("patients kept apart", 0.772), ("icbhi:test", 0.333), ("one class", None))
+    ]
+    said = wording.evidence(replace(points, scores=scores))
+    assert "(AUROC; a coin has 50 %) in: 77 % of patients kept apart, 33 % of icbhi:test." in said
