@@ -58,7 +58,7 @@ EVENT_KINDS = {
     "normal": ("Normal",),
 }
 COPIES, COPY_SHARES = ("recorded", "little noise", "much noise"), (0.85, 0.1, 0.05)
-CHANNELS, KERNEL, LAYERS = 8, 5, 4  # 1,969 numbers
+CHANNELS, KERNEL, LAYERS = 16, 5, 4  # 5,857 numbers
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 60, 48, 4e-3
 SPOILED = COPIES.index("much noise")
 MILDEST, SEVEREST = 2, 2  # of the levels of each degradation
