@@ -118,7 +118,8 @@ except app.UnusableInputError as error:
     print(error)
 assert len(spaces.ran) == 3 and os.getpid() not in spaces.ran, spaces.ran
 """
-    environment = {**os.environ, "QLUNG_MODEL": str(checkpoint), "PYTHONPATH": str(tmp_path)}
+    # One thread: a process forked from one whose OpenMP threads run waits for these for ever.
+    environment = {**os.environ, "QLUNG_MODEL": str(checkpoint), "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script, record()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
