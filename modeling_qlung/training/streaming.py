@@ -138,6 +138,7 @@ class ParquetCycles(torch.utils.data.Dataset):
         capacity = BUFFER_ROWS + self.row_group_counts.max()
         while sum(map(len, self._open.values())) > capacity:
             self._open.popitem(last=False)
+        pa.default_memory_pool().release_unused()  # or the allocator's share grows from row group to row group
         return table
 
     def _read(self, group: int) -> pa.Table:
