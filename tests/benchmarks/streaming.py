@@ -4,7 +4,8 @@
 
 The shards are 2,000 simulated cycles of 2.7 s on average, written once and linked under as many names as the rows ask
 for: they are read, decoded, resampled and measured each time they come. Throughput is that of the trainer's own steps,
-of two trainers with the same model in turn. Memory is that of the processes of one training, on Linux.
+of two trainers with the same model in turn. Memory is that of the processes of one training with a core for its loader,
+in a process that has done nothing else, on Linux.
 """
 
 import argparse
@@ -12,8 +13,8 @@ import itertools
 import os
 import tempfile
 import time
-from collections.abc import Generator, Iterator
-from multiprocessing import get_context
+from collections.abc import Callable, Generator, Iterator
+from multiprocessing import get_context, set_start_method
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 import datasets
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 import hf_datasets
 from modeling_qlung import QLungFeatureExtractor
@@ -146,11 +147,16 @@ class MemoryLog(TrainerCallback):
             self.megabytes.append(memory_of(os.getpid()) / 2**20)
 
 
-def print_memory(stream: ParquetCycles, folder: Path) -> None:
+def print_memory(folder: Path) -> None:
     """Train on every row once, and print the memory that this takes along the way."""
+    set_start_method("fork", force=True)  # of the loader, as in a training; a spawned process would spawn it
+    datasets.disable_progress_bars()
+    torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    stream = open_stream(folder)
     args = arguments(folder, 1, ENCODERS["width 16, 1 layer, 1 s"])
     trainer, log = build_trainer(stream, None, fit_extractor(args[0], stream.sample(SHARD_ROWS)), args), MemoryLog()
     trainer.add_callback(log)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     at = {percent: log.megabytes[percent - 1] for percent in (10, 50, 100)}
     rows = [
@@ -163,6 +169,19 @@ def print_memory(stream: ParquetCycles, folder: Path) -> None:
     print(f"\nAt all 90 hundredths after: {min(later):+.1%} to {max(later):+.1%}; {rate:.0f} rows/s.")
 
 
+def run_apart(function: Callable[..., None], *args: object) -> None:
+    """Call it in a process of its own, which neither inherits memory nor leaves any.
+
+    Raises:
+        RuntimeError: if it fails.
+    """
+    process = get_context("spawn").Process(target=function, args=args)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{function.__name__} ended with {process.exitcode}")
+
+
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -173,18 +192,14 @@ def main() -> None:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        # In a process of its own, whose memory is not counted.
-        process = get_context("spawn").Process(target=prepare, args=(folder, max(1, args.rows // SHARD_ROWS)))
-        process.start()
-        process.join()
-        stream = open_stream(folder)
+        run_apart(prepare, folder, max(1, args.rows // SHARD_ROWS))
         if not args.no_throughput:
             headers = ["encoder and input", "threads of the step", "loader processes"]
             headers += ["rows/s from memory", "rows/s streamed", "ratio"]
-            print_table(headers, throughput(decode_cycles(load_rows(), RATE), stream, folder))
-            print()
+            print_table(headers, throughput(decode_cycles(load_rows(), RATE), open_stream(folder), folder))
+            print(flush=True)
         if args.rows:
-            print_memory(stream, folder)
+            run_apart(print_memory, folder)
 
 
 if __name__ == "__main__":
