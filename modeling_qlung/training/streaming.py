@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
 import numpy as np
 import pyarrow as pa
 import torch
@@ -72,8 +71,8 @@ class ParquetCycles(torch.utils.data.Dataset):
         self.sampling_rate, self.task = sampling_rate, task
         self.cache_dir = None if cache_dir is None else str(cache_dir)
         self._validation = found.get("validation")
-        with fsspec.open(self.files[0], "rb") as handle:
-            features = Features.from_arrow_schema(parquet.read_schema(handle))
+        with parquet.ParquetFile(self.files[0]) as content:
+            features = Features.from_arrow_schema(content.schema_arrow)
         if missing := [name for name in ("audio", "patient_id", "recording_id") if name not in features]:
             raise ValueError(f"{self.files[0]} lacks {', '.join(missing)}: write it from the datasets of hf_datasets")
         self.classes = label_classes(features, task)
@@ -138,14 +137,14 @@ class ParquetCycles(torch.utils.data.Dataset):
         capacity = BUFFER_ROWS + self.row_group_counts.max()
         while sum(map(len, self._open.values())) > capacity:
             self._open.popitem(last=False)
-        pa.default_memory_pool().release_unused()  # or the allocator's share grows from row group to row group
+        pa.default_memory_pool().release_unused()  # or the allocator keeps the peaks of reading
         return table
 
     def _read(self, group: int) -> pa.Table:
         entry = self.index[group]
-        with fsspec.open(self.files[entry["file"]], "rb") as handle:
+        with parquet.ParquetFile(self.files[entry["file"]]) as content:
             columns = ["audio", self.task.column, *self.kept]
-            table = parquet.ParquetFile(handle).read_row_group(entry["row_group"], columns, use_threads=False)
+            table = content.read_row_group(entry["row_group"], columns, use_threads=False)
         labelled = _labels(table[self.task.column], self.classes) >= 0
         return table if labelled.all() else table.filter(pa.array(labelled))
 
@@ -209,8 +208,7 @@ def _index_file(
     file: str, column: str, classes: Sequence[int | None], num_classes: int, with_devices: bool
 ) -> list[dict[str, Any]]:
     entries = []
-    with fsspec.open(file, "rb") as handle:
-        content = parquet.ParquetFile(handle)
+    with parquet.ParquetFile(file) as content:
         for number in range(content.num_row_groups):
             columns = [column, "patient_id", *(["device"] if with_devices else [])]
             table = content.read_row_group(number, columns, use_threads=False)
