@@ -4,10 +4,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 import hf_datasets
 from modeling_qlung import QLungFeatureExtractor
-from modeling_qlung.evaluation.noises import degrade
+from modeling_qlung.evaluation.noises import DEGRADATIONS, degrade
 from modeling_qlung.inference import read_audio, resample
 from modeling_qlung.quality_parameters_qlung import QUALITY_PARAMETERS, REASON_THRESHOLDS
 from modeling_qlung.quality_qlung import (
@@ -202,7 +203,7 @@ def test_parameters_of_another_network_are_refused():
     with pytest.raises(ValueError, match="quality_parameters are not what"):
         learned_quality(levels, {"layers": []})
     with pytest.raises(ValueError, match="quality_parameters are not what"):
-        learned_quality(levels, {**QUALITY_PARAMETERS, "layers": QUALITY_PARAMETERS["layers"][1:]})
+        learned_quality(levels, {**QUALITY_PARAMETERS, "output": {"weight": [1.0, 2.0], "bias": 0.0}})
 
 
 def count(values) -> int:
@@ -212,7 +213,7 @@ def count(values) -> int:
 
 
 def test_its_parameters_are_few():
-    assert count(QUALITY_PARAMETERS) <= 6000
+    assert count(QUALITY_PARAMETERS) <= 12_000
 
 
 @pytest.mark.parametrize("quality_score", ["entropy_rms", "learned"])
@@ -231,7 +232,8 @@ def test_an_extractor_scores_in_one_call_and_carries_its_parameters(quality_scor
 
 
 def test_what_an_extractor_reads_is_not_what_the_package_ships():
-    silent = {"layers": QUALITY_PARAMETERS["layers"], "output": {"weight": [0.0] * 32, "bias": 0.0}}
+    none = [0.0] * len(QUALITY_PARAMETERS["output"]["weight"])
+    silent = {"layers": QUALITY_PARAMETERS["layers"], "output": {"weight": none, "bias": 0.0}}
     extractor = QLungFeatureExtractor(quality_score="learned", quality_parameters=silent)
     assert extractor.quality(breath(3.0)) == 0.5
 
@@ -273,6 +275,22 @@ def test_the_shipped_parameters_are_those_of_this_code(recordings_of):
     poor, good = ([extractor.quality(waveform) for waveform in recordings_of[kind]] for kind in (True, False))
     assert np.mean(np.array(good)[:, None] > poor) > 0.95
     assert np.mean(good) == pytest.approx(0.95, abs=0.05)
+
+
+def test_the_shipped_score_follows_simulated_noise(tmp_path):
+    extractor = QLungFeatureExtractor(quality_score="learned")
+    options = {"train_patients": 10, "test_patients": 1, "cache_dir": tmp_path}
+    rows = hf_datasets.load("simulated", config="recordings", split="train", **options)
+    scores = [extractor.quality(read_audio(audio["bytes"])) for audio in rows.data.column("audio").to_pylist()]
+    assert spearmanr(scores, rows["snr_db"][:]).statistic > 0.85
+
+
+@pytest.mark.parametrize("kind", DEGRADATIONS)
+def test_the_shipped_score_falls_as_noise_is_added(kind, good_recordings):
+    extractor = QLungFeatureExtractor(quality_score="learned")
+    copies = [[waveform, *degrade(waveform, kind, seed)[4::3]] for seed, waveform in enumerate(good_recordings[:12])]
+    mean = np.mean([[extractor.quality(copy) for copy in of_one] for of_one in copies], axis=0)
+    assert (np.diff(mean) < 0).all(), mean
 
 
 def test_every_reason_has_a_threshold():

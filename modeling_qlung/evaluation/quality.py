@@ -45,6 +45,7 @@ GAINS_DB = (-20, -10, 10, 20)
 RATES = (4000, 8000, 44100)
 TILTS_DB = (-12, 12)  # between 100 and 1600 Hz, as one stethoscope may differ from another
 SECONDS = (3, 5)
+MIDDLES_S = (0.5, 0.8)  # of events, which last as long or longer
 # Compared with each other: parts of one length that share no sample, and one part at two lengths.
 PAIRS = (("first half", "second half"), ("first 3 s", "last 3 s"), ("first 3 s", "first 3 s thrice"))
 FINDINGS = {
@@ -165,20 +166,41 @@ def stays(fitted: Sequence[Fitted], recordings: Recordings) -> dict[str, Any]:
 
 
 def ignores_findings(fitted: Sequence[Fitted], recordings: Recordings) -> dict[str, Any]:
-    """Compare abnormal with normal among the good recordings, and abnormal with normal events of these."""
+    """Compare abnormal with normal among the good recordings, and abnormal with normal events of these.
+
+    Wheezes are shorter than breaths, and a score may read how much there is to hear: so also the middles of all events
+    that are long enough, as much of each.
+
+    Returns:
+        {score: {"recordings", "events" or "middle N s of events": see `class_dependence`}}.
+    """
     good = np.flatnonzero(~recordings.poor)
-    labels = recordings.table["record_label"].to_numpy(str)
+    labels, patients = recordings.table["record_label"].to_numpy(str), recordings.patients
     waveforms, events = recordings.cut(good)
-    source, types = events["index"].to_numpy(), events["event_type"].to_numpy(str)
-    measured = measure(waveforms, [one.score for one in fitted])
-    patients, results = recordings.patients, {}
-    for one in fitted:
-        of_events = one.on_unseen(measured[one.score.measure], source)
-        results[one.name] = {
-            "recordings": class_dependence(one.out_of_fold[0][good], labels[good], "Normal", patients[good]),
-            "events": class_dependence(of_events, types, "Normal", patients[source]),
-        }
+    results: dict[str, Any] = {
+        one.name: {"recordings": class_dependence(one.out_of_fold[0][good], labels[good], "Normal", patients[good])}
+        for one in fitted
+    }
+    units = {"events": np.arange(len(waveforms))}
+    for seconds in MIDDLES_S:
+        enough = [len(waveform) >= round(seconds * RATE) for waveform in waveforms]
+        units[f"middle {seconds:g} s of events"] = np.flatnonzero(enough)
+    for (unit, chosen), seconds in zip(units.items(), (None, *MIDDLES_S), strict=True):
+        source, types = events["index"].to_numpy()[chosen], events["event_type"].to_numpy(str)[chosen]
+        if "Normal" not in types:
+            continue
+        measured = measure((middle(waveforms[index], seconds) for index in chosen), [one.score for one in fitted])
+        for one in fitted:
+            quality = one.on_unseen(measured[one.score.measure], source)
+            results[one.name][unit] = class_dependence(quality, types, "Normal", patients[source])
     return results
+
+
+def middle(waveform: NDArray, seconds: float | None) -> NDArray:
+    """Give the middle of samples (samples,), all of them for None."""
+    length = len(waveform) if seconds is None else round(seconds * RATE)
+    start = (len(waveform) - length) // 2
+    return waveform[start : start + length]
 
 
 Spans = list[tuple[int, int]]  # first sample and the one after the last, rising, apart

@@ -104,11 +104,11 @@ def _invariance(results: Results) -> list[str]:
 
 def _findings(results: Results) -> list[str]:
     rows = []
-    for unit in ("recordings", "events"):
-        for label, about in next(iter(results.values()))[unit].items():
+    for unit, classes in next(iter(results.values())).items():
+        for label, about in classes.items():
             found = [scores[unit][label] for scores in results.values()]
             cells = [f"{_number(f['auroc'], '.2f')} {format_interval(f['interval'])}" for f in found]
-            rows.append([f"{label} {unit}", str(about["n"]), str(about["patients"]), *cells])
+            rows.append([f"{label}, {unit}", str(about["n"]), str(about["patients"]), *cells])
     return _table(["", "n", "children", *(f"`{name}`" for name in results)], rows)
 
 

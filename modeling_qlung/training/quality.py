@@ -8,11 +8,15 @@ with much, as unusable. No poor recording has an event, so that wheezes would be
 events of the usable recordings, as many wheezes and crackles as normal ones, and as short parts of the poor ones. It
 needs no copies of other gains, filters or rates: what it reads does not depend on these.
 
+No label says that more noise is worse: that is asked for beside, of copies of one recording with more and less of the
+same noise, and of simulated recordings, whose signal-to-noise ratio is known.
+
 Writes `quality_parameters_qlung.py`, and prints how well children that were not in fitting are told. With `--ceiling`
 it writes nothing, and prints how well networks of other sizes do, and with fewer children to learn from.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -32,12 +36,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from hf_datasets import simulated
 from hf_datasets.labels import EVENT_TYPES
 
 from .. import quality_parameters_qlung
 from ..evaluation.noises import DEGRADATIONS, RATE, degrade
 from ..evaluation.quality_measures import discrimination
 from ..evaluation.quality_recordings import Recordings, load
+from ..inference import resample
 from ..quality_qlung import (
     LEVEL_BANDS,
     LEVEL_FRAME_S,
@@ -57,11 +63,18 @@ EVENT_KINDS = {
     "crackles": ("Coarse Crackle", "Fine Crackle"),
     "normal": ("Normal",),
 }
-COPIES, COPY_SHARES = ("recorded", "little noise", "much noise"), (0.85, 0.1, 0.05)
-CHANNELS, KERNEL, LAYERS = 16, 5, 4  # 5,857 numbers
+KINDS_EACH = 2  # of noise, drawn for each recording
+LITTLE_SHARE, MUCH_SHARE = 0.1, 0.03  # of parts are of copies with little and with much noise
+MILDEST, SEVEREST = 2, 2  # of the levels of noise are little and much
+CHANNELS, KERNEL, LAYERS = 24, 5, 4
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 60, 48, 4e-3
-SPOILED = COPIES.index("much noise")
-MILDEST, SEVEREST = 2, 2  # of the levels of each degradation
+
+RANKED_SHARE = 0.5  # of steps compare copies with more and less noise
+RANKED, COPIES = 12, 3  # recordings then, and copies of each
+RANKED_SIMULATED, COPIES_SIMULATED, SIMULATED_WEIGHT = 12, 2, 0.4
+STEP = 0.2  # that each further level of noise is to lower the logit by, at least
+SIMULATED = 60  # recordings
+SIMULATED_SNR_DB = range(30, 0, -4)
 
 
 class QualityNetwork(nn.Module):
@@ -128,24 +141,41 @@ class Event(NamedTuple):
 
 
 class Example(NamedTuple):
-    """A recording to learn from."""
+    """A recording to learn from: its power in bands, as recorded and with `KINDS_EACH` kinds of noise at each level."""
 
-    powers: list[Tensor]  # of each of its `COPIES`, (24, frames)
+    powers: Tensor  # (24, frames)
+    noisy: Tensor  # (kinds, levels, 24, frames), mildest first
     usable: bool
     events: list[Event]
 
 
 def make_example(waveform: NDArray, usable: bool, events: Sequence[Event]) -> Example:
-    """Make the `COPIES` of a recording (samples,) at 16 kHz and measure their power in bands.
+    """Measure the power in bands of a recording (samples,) at 16 kHz and of copies with noise.
 
-    The noise, of one kind of `DEGRADATIONS`, is drawn by the recording's samples.
+    The kinds of noise, of `DEGRADATIONS`, are drawn by the recording's samples.
     """
     rng = np.random.default_rng(list(hashlib.sha256(waveform.tobytes()).digest()[:8]))
-    noisy = []
-    for levels in (slice(MILDEST), slice(-SEVEREST, None)):
-        kind = rng.choice(list(DEGRADATIONS))
-        noisy.append(rng.choice(degrade(waveform, kind, int(rng.integers(2**32)))[levels]))
-    return Example([band_powers(copy, RATE) for copy in (waveform, *noisy)], usable, list(events))
+    kinds = rng.choice(list(DEGRADATIONS), KINDS_EACH, replace=False)
+    copies = [degrade(waveform, kind, int(rng.integers(2**32))) for kind in kinds]
+    noisy = torch.stack([torch.stack([band_powers(copy, RATE) for copy in of_kind]) for of_kind in copies])
+    return Example(band_powers(waveform, RATE), noisy, usable, list(events))
+
+
+@functools.cache
+def simulated_powers(number: int = SIMULATED) -> list[Tensor]:
+    """Simulate recordings of devices drawn at random, at `SIMULATED_SNR_DB`: power in bands, (ratios, 24, frames)."""
+    found = []
+    for seed in range(number):
+        rng = np.random.default_rng(seed)
+        rate = int(rng.choice([4000, 8000, 16000, 44100]))
+        low, high = np.exp(rng.uniform(np.log([20, 1200]), np.log([120, 8000])))
+        device = simulated.Device("drawn", rate, 24, low, min(high, 0.4 * rate), rng.uniform(-6, 3))
+        kinds = rng.choice(["Normal", "Fine Crackle", "Coarse Crackle", "Wheeze", "Wheeze+Crackle"], 4)
+        plan = simulated.draw_plan((SIMULATED, seed), device, kinds.tolist())
+        sound, noise = simulated.render(plan)
+        mixed = (sound + noise * 10 ** ((plan.snr_db - snr_db) / 20) for snr_db in SIMULATED_SNR_DB)
+        found.append(torch.stack([band_powers(resample(one, rate, RATE), RATE) for one in mixed]))
+    return found
 
 
 _remembered: dict[bytes, Example] = {}  # by the recording's digest: folds share recordings
@@ -193,31 +223,65 @@ class Batches:
         """Draw a part of each of the chosen recordings (batch,), or an event instead of each usable one."""
         if self.events and self.rng.random() < EVENT_SHARE:
             frames = self._length(LONGEST_EVENT)
-            drawn = [self._event(self.examples[index], frames) for index in chosen]
+            drawn = [self._event(self.examples[index]) for index in chosen]
         else:
             frames = LONGEST if self.rng.random() < WHOLE_SHARE else self._length(LONGEST)
             drawn = [self._part(self.examples[index], frames) for index in chosen]
-        levels, targets = zip(*drawn, strict=True)
-        return torch.stack(levels), torch.tensor(targets)
+        parts, targets = zip(*drawn, strict=True)
+        return batched_levels(parts, frames), torch.tensor(targets)
+
+    def ranked(self, frames: int) -> tuple[Tensor, Tensor]:
+        """Draw copies of recordings with different levels of one kind of noise.
+
+        Returns:
+            Levels (recordings * copies, 24, frames), and the level of noise of each copy (recordings, copies), 0 where
+            it is as recorded.
+        """
+        ladders = []
+        for index in self.rng.integers(len(self.examples), size=RANKED):
+            example = self.examples[index]
+            ladders.append(torch.cat([example.powers[None], example.noisy[self.rng.integers(KINDS_EACH)]]))
+        return self._rungs(ladders, COPIES, frames)
+
+    def ranked_simulated(self, frames: int) -> tuple[Tensor, Tensor]:
+        """Draw simulated recordings as `ranked` does; all copies compare with each other: noise of shape (1, all)."""
+        ladders = simulated_powers()
+        chosen = [ladders[index] for index in self.rng.integers(len(ladders), size=RANKED_SIMULATED)]
+        levels, noise = self._rungs(chosen, COPIES_SIMULATED, frames)
+        return levels, noise.view(1, -1)
+
+    def _rungs(self, ladders: Sequence[Tensor], number: int, frames: int) -> tuple[Tensor, Tensor]:
+        """The same part of some rungs of each ladder (levels, 24, any)."""
+        parts: list[Tensor] = []
+        noise = []
+        for ladder in ladders:
+            rungs = self.rng.choice(len(ladder), number, replace=False)
+            start = int(self.rng.integers(max(1, ladder.shape[2] - frames + 1)))
+            parts += ladder[rungs, :, start : start + frames]
+            noise.append(rungs)
+        return batched_levels(parts, frames), torch.tensor(np.array(noise))
 
     def _length(self, longest: int) -> int:
         """Frames: as many of one to two times a length as of two to four times it."""
         return round(math.exp(self.rng.uniform(math.log(SHORTEST_FRAMES), math.log(longest))))
 
     def _copy(self, example: Example) -> tuple[Tensor, float]:
-        """The powers of one of the recording's copies, and whether it is usable."""
-        copy = int(self.rng.choice(len(COPIES), p=COPY_SHARES))
-        return example.powers[copy], float(example.usable and copy != SPOILED)
+        """The powers of the recording, sometimes with noise, and whether it is usable."""
+        draw = self.rng.random()
+        if draw >= LITTLE_SHARE + MUCH_SHARE:
+            return example.powers, float(example.usable)
+        of_kind = example.noisy[self.rng.integers(KINDS_EACH)]
+        if draw < LITTLE_SHARE:
+            return of_kind[self.rng.integers(MILDEST)], float(example.usable)
+        return of_kind[-1 - self.rng.integers(SEVEREST)], 0.0
 
     def _part(self, example: Example, frames: int) -> tuple[Tensor, float]:
         powers, target = self._copy(example)
-        last = powers.shape[1] - frames
-        if last <= 0:
-            return repeated(relative_levels(powers), frames), target
-        start = 0 if self.rng.random() < BEGINNING_SHARE else int(self.rng.integers(last + 1))
-        return relative_levels(powers[:, start : start + frames]), target
+        starts = max(1, powers.shape[1] - frames + 1)
+        start = 0 if self.rng.random() < BEGINNING_SHARE else int(self.rng.integers(starts))
+        return powers[:, start : start + frames], target
 
-    def _event(self, example: Example, frames: int) -> tuple[Tensor, float]:
+    def _event(self, example: Example) -> tuple[Tensor, float]:
         """Of a usable recording: an event of any, each kind and each type in it as often as others."""
         if example.usable:
             types = self.events[self.rng.integers(len(self.events))]
@@ -230,19 +294,23 @@ class Batches:
             duration = self.durations[self.rng.integers(len(self.durations))]
             start = int(self.rng.integers(max(1, powers.shape[1] - duration + 1)))
         start = min(start, powers.shape[1] - min(duration, powers.shape[1]))
-        return repeated(relative_levels(powers[:, start : start + duration]), frames), target
+        return powers[:, start : start + duration], target
 
 
-def repeated(levels: Tensor, frames: int) -> Tensor:
-    """Repeat levels (24, any) up to (24, frames), or cut them."""
-    return levels.repeat(1, -(-frames // levels.shape[1]))[:, :frames]
+def batched_levels(parts: Sequence[Tensor], frames: int) -> Tensor:
+    """Give powers (24, any) each as relative levels (parts, 24, frames), repeated where they are shorter."""
+    repeated = [part.repeat(1, -(-frames // part.shape[1]))[:, :frames] for part in parts]
+    return relative_levels(torch.stack(repeated))
 
 
 # ---- Training ----
 
 
 def train(examples: Sequence[Example], seed: int = 0, channels: int = CHANNELS, epochs: int = EPOCHS) -> QualityNetwork:
-    """Train a network on all of the examples: AdamW, one cycle of the learning rate, mixup, random level and tilt."""
+    """Train a network on all of the examples: AdamW, one cycle of the learning rate, mixup, random level and tilt.
+
+    Half of the steps also ask that more noise lower the logit, see [`noise_loss`].
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = QualityNetwork(channels)
@@ -256,13 +324,31 @@ def train(examples: Sequence[Example], seed: int = 0, channels: int = CHANNELS, 
         for _ in range(epochs):
             for chosen in np.array_split(rng.permutation(len(examples)), steps):
                 levels, usable = _augmented(*draw(chosen), generator, rng)
+                frames, ranks = levels.shape[2], rng.random() < RANKED_SHARE
+                ranked = [draw.ranked(frames), draw.ranked_simulated(frames)] if ranks else []
+                batches = [levels, *(copies for copies, _ in ranked)]
+                logits, *of_copies = network(torch.cat(batches)).split([len(batch) for batch in batches])
                 # One recording in eleven is poor: as if it were one in three.
-                loss = F.binary_cross_entropy_with_logits(network(levels), usable, weight=1 + 4 * (1 - usable))
+                loss = F.binary_cross_entropy_with_logits(logits, usable, weight=1 + 4 * (1 - usable))
+                for found, (_, noise), weight in zip(of_copies, ranked, (1.0, SIMULATED_WEIGHT), strict=False):
+                    loss = loss + weight * noise_loss(found.view_as(noise), noise)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
     return network.eval()
+
+
+def noise_loss(logits: Tensor, noise: Tensor) -> Tensor:
+    """Mean over all pairs of a group of max(0, STEP * n - d), where one has n > 0 levels more noise, and d less logit.
+
+    Args:
+        logits: (groups, members).
+        noise: level of each, the same shape.
+    """
+    more = noise[:, None, :] - noise[:, :, None]
+    less = logits[:, :, None] - logits[:, None, :]
+    return F.relu(STEP * more - less)[more > 0].mean()
 
 
 def _augmented(
@@ -354,7 +440,7 @@ def fit_learned(recordings: Recordings, levels: Sequence[Tensor]) -> Callable[[S
 @torch.no_grad()
 def score(network: QualityNetwork, examples: Sequence[Example]) -> NDArray:
     """Give the logits of recordings as they are."""
-    return np.array([float(network(relative_levels(example.powers[0])[None])) for example in examples])
+    return np.array([float(network(relative_levels(example.powers)[None])) for example in examples])
 
 
 # ---- Reasons ----
@@ -395,8 +481,8 @@ def fit_reasons(waveforms: Sequence[NDArray]) -> dict[str, float]:
 
 # ---- How far the labels go ----
 
-ASIDE = 50  # children: no choice was made on them
-WIDTHS = (4, 8, 16, 32)
+ASIDE = 50  # children that no other row is fitted or scored on
+WIDTHS = (8, 16, 24, 32)
 SHARES = (0.25, 0.5, 0.75)
 
 

@@ -7,9 +7,10 @@ waveform as recorded, before fading and padding, and within a band that every re
 (16 kHz for AST, 48 kHz for CLAP: the same score); statistics fitted on the training set spread them over [0, 1].
 
 `learned` is the probability that a clinician would call the recording usable: a small convolutional network, fitted on
-the 1,949 training recordings of SPRSound (Zhang et al. 2022), on levels in narrow bands, each relative to the
-recording's own in that band, so that neither gain nor sampling rate nor the stethoscope's frequency response counts. It
-reads the recording as a loop, so that a sound once, twice and three times over is the same.
+the 1,949 training recordings of SPRSound (Zhang et al. 2022), and made to fall as noise is added to these and to
+simulated recordings. It reads levels in narrow bands, each relative to the recording's own in that band, so that
+neither gain nor sampling rate nor the stethoscope's frequency response counts, and the recording as a loop, so that a
+sound once, twice and three times over is the same.
 """
 
 import functools
@@ -181,12 +182,12 @@ def band_powers(waveform: torch.Tensor | np.ndarray, sampling_rate: int = 16000)
 
 
 def relative_levels(powers: torch.Tensor) -> torch.Tensor:
-    """Give powers (24, frames) as levels relative to each band's own, see [`quality_levels`]."""
-    heard = powers > 1e-8 * powers.mean(dim=1, keepdim=True)
-    own = powers.where(heard, torch.nan).nanmedian(dim=1, keepdim=True).values
+    """Give powers (..., 24, frames) as levels relative to each band's own, see [`quality_levels`]."""
+    heard = powers > 1e-8 * powers.mean(dim=-1, keepdim=True)
+    own = powers.where(heard, torch.nan).nanmedian(dim=-1, keepdim=True).values
     low, high = LEVEL_RANGE_DB
-    levels = (10 * torch.log10(powers / own + 10 ** (low / 10))).clamp_max(high)
-    return levels.nan_to_num(0.0).repeat(1, math.ceil(SHORTEST_FRAMES / powers.shape[1]))
+    levels = (10 * torch.log10(powers / own + 10 ** (low / 10))).clamp_max(high).nan_to_num(0.0)
+    return torch.cat([levels] * math.ceil(SHORTEST_FRAMES / powers.shape[-1]), dim=-1)
 
 
 def quality_levels(waveform: torch.Tensor | np.ndarray, sampling_rate: int = 16000) -> torch.Tensor:

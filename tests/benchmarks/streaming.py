@@ -38,8 +38,13 @@ SHARD_PATIENTS, SHARD_ROWS = 100, 2000
 ROW_GROUP = 250  # about the 32 MB of `hf_datasets.publish`
 RATE = 16000
 STEPS, ROUNDS = 10, 5
+SMALL = ["--hidden_size=192", "--num_hidden_layers=6", "--num_attention_heads=3", "--intermediate_size=768"]
 TINY = ["--hidden_size=16", "--num_hidden_layers=1", "--num_attention_heads=1", "--intermediate_size=32"]
-ENCODERS = {"width 96, 3 layers, 4 s": [], "width 16, 1 layer, 1 s": [*TINY, "--duration=1.0"]}
+ENCODERS = {
+    "width 192, 6 layers, 2 s": [*SMALL, "--duration=2.0"],
+    "width 96, 3 layers, 4 s": [],
+    "width 16, 1 layer, 1 s": [*TINY, "--duration=1.0"],
+}
 
 
 def load_rows() -> Dataset:

@@ -22,6 +22,7 @@ from modeling_qlung.evaluation.quality import (
     changed,
     elsewhere,
     ignores_findings,
+    middle,
     reads_device,
     runs,
     stays,
@@ -491,7 +492,7 @@ def test_gains_that_clip_or_drown_are_left_out():
     assert changed(quiet).keys() == changed(loud).keys()
 
 
-def test_events_and_devices_are_compared():
+def test_events_are_compared():
     recordings = made_recordings()
     wheezes = np.array([label == "CAS" for label in recordings.table["record_label"]])
     for index in np.flatnonzero(wheezes):
@@ -503,7 +504,24 @@ def test_events_and_devices_are_compared():
     assert found["events"]["Wheeze"]["auroc"] == 1.0
     assert (found["events"]["Wheeze"]["n"], found["events"]["Fine Crackle"]["patients"]) == (20, 10)
     assert found["events"].keys() == {"Wheeze", "Fine Crackle"}
+    assert found.keys() == {"recordings", "events", "middle 0.5 s of events"}  # none lasts 0.8 s
 
+
+def test_what_reads_duration_is_blind_to_middles_of_events():
+    recordings = made_recordings()
+    for label, events in zip(recordings.table["record_label"], recordings.table["cycles"], strict=True):
+        for event in events:
+            event["end"] = event["start"] + (0.5 if label == "CAS" else 0.7)
+    longer = fitted_to(score_of(lambda waveform: len(waveform) / 100_000), recordings)
+    found = ignores_findings([longer], recordings)["score"]
+    assert found["events"]["Wheeze"]["auroc"] == 1.0
+    assert found["middle 0.5 s of events"]["Wheeze"]["auroc"] == 0.5
+    assert middle(np.arange(16000), 0.5).tolist() == list(range(4000, 12000))
+
+
+def test_devices_are_compared():
+    recordings = made_recordings()
+    louder = fitted_to(score_of(lambda waveform: min(1.0, 20 * rms(waveform))), recordings)
     others = made_recordings(6)
     for index, device in enumerate(others.table["device"]):
         others.waveforms[index] = np.full(3 * RATE, 0.01 if device == "d0" else 0.03, np.float32)

@@ -25,10 +25,12 @@ from modeling_qlung.training.quality import (
     ASIDE,
     CHANNELS,
     COPIES,
-    COPY_SHARES,
+    KINDS_EACH,
     LONGEST,
     OWN_NOISE,
-    SPOILED,
+    RANKED,
+    SIMULATED_SNR_DB,
+    STEP,
     Batches,
     Event,
     Example,
@@ -39,7 +41,9 @@ from modeling_qlung.training.quality import (
     fit_reasons,
     make_example,
     make_examples,
+    noise_loss,
     print_ceiling,
+    simulated_powers,
     train,
     write,
 )
@@ -101,12 +105,29 @@ def test_what_is_exported_is_the_network():
 
 def test_copies_are_the_recordings_own_and_come_out_the_same_again(recordings, examples):
     again = make_example(recordings.waveforms[1], True, [])
-    assert len(again.powers) == len(COPIES) == len(COPY_SHARES)
-    assert all(torch.equal(one, other) for one, other in zip(examples[1].powers, again.powers, strict=True))
-    assert torch.equal(again.powers[0], band_powers(recordings.waveforms[1]))
-    levels = torch.stack([torch.stack([relative_levels(copy) for copy in example.powers]) for example in examples])
-    little, much = ((levels[:, number] - levels[:, 0]).abs().mean() for number in (1, SPOILED))
-    assert 0 < little < much
+    assert torch.equal(again.powers, band_powers(recordings.waveforms[1]))
+    assert torch.equal(again.noisy, examples[1].noisy)
+    assert again.noisy.shape == (KINDS_EACH, 8, *again.powers.shape)
+    moved = [(relative_levels(example.noisy) - relative_levels(example.powers)).abs() for example in examples]
+    by_level = torch.stack([one.mean(dim=(0, 2, 3)) for one in moved]).mean(dim=0)
+    assert (by_level.diff() > 0).all()
+    assert by_level[0] > 0
+
+
+def test_simulated_recordings_differ_in_noise_alone():
+    ladders = simulated_powers(4)
+    assert all(len(ladder) == len(SIMULATED_SNR_DB) for ladder in ladders)
+    quietest = torch.stack([relative_levels(ladder).quantile(0.05, dim=2).mean(dim=1) for ladder in ladders])
+    assert (quietest.diff(dim=1) > 0).float().mean() > 0.9  # pauses fill up
+
+
+def test_more_noise_is_to_lower_the_logit_by_a_step_at_least():
+    noise = torch.tensor([[0, 2, 5], [1, 0, 8]])
+    assert noise_loss(-STEP * noise, noise) == pytest.approx(0, abs=1e-6)
+    assert noise_loss(-9.0 * noise, noise) == 0
+    flat = torch.zeros(2, 3)
+    assert noise_loss(flat, noise) == pytest.approx(STEP * (2 + 5 + 3 + 1 + 8 + 7) / 6)
+    assert noise_loss(1.0 * noise, noise) == pytest.approx((1 + STEP) * (2 + 5 + 3 + 1 + 8 + 7) / 6)
 
 
 def test_events_are_those_of_usable_recordings_in_frames(examples):
@@ -116,13 +137,21 @@ def test_events_are_those_of_usable_recordings_in_frames(examples):
 
 def counting(number, frames, usable, events=()):
     """An example whose power in every band is the number of its frame, from a thousand times its own on."""
-    powers = [1000.0 * number + torch.arange(1.0, frames + 1).expand(LEVEL_BANDS, -1) for _ in COPIES]
-    return Example(powers, usable, list(events))
+    powers = 1000.0 * number + torch.arange(1.0, frames + 1).expand(LEVEL_BANDS, -1)
+    noisy = torch.stack([powers + 0.001 * level for level in range(1, 9)]).expand(KINDS_EACH, -1, -1, -1)
+    return Example(powers, noisy, usable, list(events))
+
+
+def as_recorded(monkeypatch: pytest.MonkeyPatch, event_share: float) -> None:
+    """Without noise, and levels as the powers are."""
+    monkeypatch.setattr(quality, "EVENT_SHARE", event_share)
+    monkeypatch.setattr(quality, "LITTLE_SHARE", 0.0)
+    monkeypatch.setattr(quality, "MUCH_SHARE", 0.0)
+    monkeypatch.setattr(quality, "relative_levels", lambda powers: powers)
 
 
 def test_parts_are_of_one_length_and_often_the_beginning(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(quality, "EVENT_SHARE", 0.0)
-    monkeypatch.setattr(quality, "relative_levels", lambda powers: powers)
+    as_recorded(monkeypatch, event_share=0.0)
     draw = Batches([counting(1, 500, True), counting(2, 40, False)], np.random.default_rng(0))
     lengths, starts = [], []
     for _ in range(400):
@@ -131,7 +160,7 @@ def test_parts_are_of_one_length_and_often_the_beginning(monkeypatch: pytest.Mon
         lengths.append(levels.shape[2])
         starts.append(int(levels[0, 0, 0]) - 1001)
         assert torch.equal(levels[0].diff(dim=1), torch.ones(LEVEL_BANDS, lengths[-1] - 1))
-        assert torch.equal(levels[1], counting(2, 40, False).powers[0].repeat(1, 8)[:, : lengths[-1]])
+        assert torch.equal(levels[1], counting(2, 40, False).powers.repeat(1, 8)[:, : lengths[-1]])
         assert targets[1] == 0
     assert SHORTEST_FRAMES <= min(lengths) < 70
     assert max(lengths) == LONGEST
@@ -140,16 +169,38 @@ def test_parts_are_of_one_length_and_often_the_beginning(monkeypatch: pytest.Mon
     assert max(starts) > 300
 
 
-def test_much_noise_is_unusable(monkeypatch: pytest.MonkeyPatch, examples):
-    monkeypatch.setattr(quality, "EVENT_SHARE", 0.0)
-    monkeypatch.setattr(quality, "COPY_SHARES", tuple(float(number == SPOILED) for number in range(len(COPIES))))
-    assert not Batches(examples, np.random.default_rng(0))(np.arange(RECORDINGS))[1].any()
+def test_little_noise_keeps_the_label_and_much_noise_is_unusable(monkeypatch: pytest.MonkeyPatch):
+    as_recorded(monkeypatch, event_share=0.0)
+    examples = [counting(1, 100, True), counting(2, 100, False)]
+    for little, much, levels, target in ((1.0, 0.0, {1, 2}, 1), (0.0, 1.0, {7, 8}, 0)):
+        monkeypatch.setattr(quality, "LITTLE_SHARE", little)
+        monkeypatch.setattr(quality, "MUCH_SHARE", much)
+        draw, seen = Batches(examples, np.random.default_rng(0)), set()
+        for _ in range(40):
+            drawn, targets = draw(np.arange(2))
+            assert targets.tolist() == [target, 0]
+            seen.add(round(float(drawn[0, 0, 0] % 1) * 1000))
+        assert seen == levels
+
+
+def test_copies_to_rank_are_the_same_part_of_one_recording(monkeypatch: pytest.MonkeyPatch):
+    as_recorded(monkeypatch, event_share=0.0)
+    draw = Batches([counting(1, 500, True), counting(2, 100, False)], np.random.default_rng(0))
+    levels, noise = draw.ranked(120)
+    assert noise.shape == (RANKED, COPIES)
+    assert levels.shape == (RANKED * COPIES, LEVEL_BANDS, 120)
+    first = levels.view(RANKED, COPIES, LEVEL_BANDS, 120)[..., 0, 0]
+    assert torch.allclose((first - first.floor()) * 1000, noise.float(), atol=0.1)
+    assert (first.floor() == first.floor()[:, :1]).all()
+    assert len(first[:, 0].floor().unique()) > 3
+    assert all(len(of_one.unique()) == COPIES for of_one in noise)
+    levels, noise = draw.ranked_simulated(120)
+    assert noise.shape == (1, len(levels))
+    assert set(noise.unique().tolist()) <= set(range(len(SIMULATED_SNR_DB)))
 
 
 def test_wheezes_and_crackles_are_drawn_as_often_as_normal_events(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(quality, "EVENT_SHARE", 1.0)
-    monkeypatch.setattr(quality, "relative_levels", lambda powers: powers)
-    monkeypatch.setattr(quality, "COPY_SHARES", (1.0, 0.0, 0.0))
+    as_recorded(monkeypatch, event_share=1.0)
     common = [Event("Normal", start, start + 20) for start in range(0, 200, 20)]
     rare = [Event("Wheeze", 200, 230), Event("Rhonchi", 230, 240), Event("Fine Crackle", 495, 520)]
     examples = [counting(1, 500, True, common), counting(2, 500, True, rare), counting(3, 300, False)]
@@ -205,7 +256,7 @@ class Remembering:
     def __call__(
         self, examples: Sequence[Example], seed: int = 0, channels: int = CHANNELS
     ) -> Callable[[Tensor], Tensor]:
-        known = {int(example.powers[0][0, 0]) for example in examples}
+        known = {int(example.powers[0, 0]) for example in examples}
         self.fitted.append((channels, known))
         return lambda levels: torch.tensor(float(int(levels[0, 0, 0]) in known))
 
@@ -214,14 +265,14 @@ def test_the_ceiling_is_of_children_not_fitted_on_and_of_those_put_aside(monkeyp
     patients = np.repeat(np.arange(ASIDE + 20), 3)
     usable = np.tile([True, True, False], ASIDE + 20)
     examples = [
-        Example([torch.full((LEVEL_BANDS, 20), float(patient))], bool(good), [])
+        Example(torch.full((LEVEL_BANDS, 20), float(patient)), torch.empty(0), bool(good), [])
         for patient, good in zip(patients, usable, strict=True)
     ]
     remembering = Remembering()
     monkeypatch.setattr(quality, "train", remembering)
     monkeypatch.setattr(quality, "relative_levels", lambda powers: powers)
     rows = list(ceiling(examples, patients))
-    assert [numbers for _, numbers, _ in rows] == [745, 1969, 5857, 19393, *[5857] * 4]
+    assert [numbers for _, numbers, _ in rows] == [1969, 5857, 11665, 19393, *[11665] * 4]
     assert all(np.nanmax(logits) == 0 for *_, logits in rows)  # nobody scored was known
     scored = [set(patients[~np.isnan(logits)].tolist()) for *_, logits in rows]
     assert all(children == scored[0] for children in scored[:-1])
@@ -230,7 +281,7 @@ def test_the_ceiling_is_of_children_not_fitted_on_and_of_those_put_aside(monkeyp
     assert not scored[0] & scored[-1]
     assert all(not known & scored[-1] for _, known in remembering.fitted)
     assert [len(known) for _, known in remembering.fitted[::5]] == [16, 16, 16, 16, 4, 8, 12, 20]
-    assert [channels for channels, _ in remembering.fitted[::5]] == [4, 8, 16, 32, 16, 16, 16, 16]
+    assert [channels for channels, _ in remembering.fitted[::5]] == [8, 16, 24, 32, 24, 24, 24, 24]
 
 
 def test_the_ceiling_is_printed_as_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -240,7 +291,7 @@ def test_the_ceiling_is_printed_as_a_table(monkeypatch: pytest.MonkeyPatch, caps
         return [("all", 7, np.where(usable, 2.0, -1.0)), ("half", 7, np.where(patients < 10, 0.0, np.nan))]
 
     monkeypatch.setattr(quality, "ceiling", rows)
-    print_ceiling([Example([], bool(good), []) for good in usable], patients)
+    print_ceiling([Example(torch.empty(0), torch.empty(0), bool(good), []) for good in usable], patients)
     assert capsys.readouterr().out.splitlines()[2:] == [
         "| all | 7 | 40, 20 | 1.000 | 1.000 to 1.000 |",
         "| half | 7 | 20, 10 | 0.500 | 0.500 to 0.500 |",
