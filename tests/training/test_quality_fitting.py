@@ -119,6 +119,9 @@ def test_simulated_recordings_differ_in_noise_alone():
     assert all(len(ladder) == len(SIMULATED_SNR_DB) for ladder in ladders)
     quietest = torch.stack([relative_levels(ladder).quantile(0.05, dim=2).mean(dim=1) for ladder in ladders])
     assert (quietest.diff(dim=1) > 0).float().mean() > 0.9  # pauses fill up
+    alike = [torch.corrcoef(ladder.flatten(1))[0] for ladder in ladders]
+    assert min(float(one.min()) for one in alike) > 0.8  # one sound throughout
+    assert abs(float(torch.corrcoef(torch.stack([ladder[0, :, :200].flatten() for ladder in ladders[:2]]))[0, 1])) < 0.5
 
 
 def test_more_noise_is_to_lower_the_logit_by_a_step_at_least():
@@ -147,6 +150,7 @@ def as_recorded(monkeypatch: pytest.MonkeyPatch, event_share: float) -> None:
     monkeypatch.setattr(quality, "EVENT_SHARE", event_share)
     monkeypatch.setattr(quality, "LITTLE_SHARE", 0.0)
     monkeypatch.setattr(quality, "MUCH_SHARE", 0.0)
+    monkeypatch.setattr(quality, "QUIETER_SHARE", 0.0)
     monkeypatch.setattr(quality, "relative_levels", lambda powers: powers)
 
 
@@ -181,6 +185,23 @@ def test_little_noise_keeps_the_label_and_much_noise_is_unusable(monkeypatch: py
             assert targets.tolist() == [target, 0]
             seen.add(round(float(drawn[0, 0, 0] % 1) * 1000))
         assert seen == levels
+
+
+def test_stretches_are_made_quieter_whatever_the_label(monkeypatch: pytest.MonkeyPatch):
+    as_recorded(monkeypatch, event_share=0.0)
+    monkeypatch.setattr(quality, "QUIETER_SHARE", 1.0)
+    examples = [counting(1, 400, True), counting(2, 400, False)]
+    draw, silent = Batches(examples, np.random.default_rng(0)), 0
+    for _ in range(50):
+        levels, targets = draw(np.arange(2))
+        assert targets.tolist() == [1, 0]
+        for part, lowest in zip(levels[:, 0], (1001, 2001), strict=True):
+            quieter = part < lowest
+            assert 0 < quieter.sum() < len(part)  # something is left
+            assert (part[quieter] < 0.11 * 2500).all()
+            silent += bool((part == 0).any())
+    assert 30 < silent < 70
+    assert examples[0].powers.min() == 1001  # drawn from, not changed
 
 
 def test_copies_to_rank_are_the_same_part_of_one_recording(monkeypatch: pytest.MonkeyPatch):
