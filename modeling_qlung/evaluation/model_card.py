@@ -375,8 +375,9 @@ def _quality(run: RunDescription) -> str:
     if run.quality.get("score") == "learned":
         return (
             "The quality of a cycle is the probability that a clinician would call its recording usable, from a small "
-            "network on its levels in bands, fitted on the recordings that SPRSound's annotators called poor. It knows "
-            "children's recordings from one stethoscope; what it says of others was not judged by anybody."
+            "network on its levels in bands, fitted on the recordings that SPRSound's annotators called poor, and made "
+            "to fall as noise is added. It knows children's recordings from one stethoscope; what it says of others "
+            "was not judged by anybody."
         )
     return (
         "QLung's quality score of a cycle rises with its energy and falls with its spectral entropy; the paper leaves "
