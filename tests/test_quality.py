@@ -262,13 +262,13 @@ def test_scoring_leaves_the_random_state_alone():
 
 @pytest.fixture(scope="module")
 def recordings_of(real_sprsound, tmp_path_factory):
-    """Poor (`True`) and good (`False`) recordings of SPRSound, some sixty of each, of children of every age."""
+    """The poor (`True`) and as many good (`False`) recordings of SPRSound, of children of every age."""
     rows = hf_datasets.load(
         "sprsound", real_sprsound, "recordings", "train", cache_dir=tmp_path_factory.mktemp("cache")
     )
     audio = rows.data.column("audio")
     poor = np.array(rows["record_label"][:]) == rows.features["record_label"].str2int("Poor Quality")
-    chosen = {True: np.flatnonzero(poor)[::3].tolist(), False: np.flatnonzero(~poor)[::29].tolist()}
+    chosen = {True: np.flatnonzero(poor).tolist(), False: np.flatnonzero(~poor)[::10].tolist()}
     return {kind: [read_audio(audio[row].as_py()["bytes"]) for row in of_kind] for kind, of_kind in chosen.items()}
 
 
@@ -281,7 +281,7 @@ def test_the_shipped_parameters_are_those_of_this_code(recordings_of):
     """On recordings that they were fitted on: how well others are told, `evaluation.quality` measures."""
     extractor = QLungFeatureExtractor(quality_score="learned")
     poor, good = ([extractor.quality(waveform) for waveform in recordings_of[kind]] for kind in (True, False))
-    assert np.mean(np.array(good)[:, None] > poor) > 0.93
+    assert np.mean(np.array(good)[:, None] > poor) > 0.95
     assert np.mean(good) == pytest.approx(0.95, abs=0.05)
 
 
@@ -296,7 +296,7 @@ def test_the_shipped_score_follows_simulated_noise(tmp_path):
 @pytest.mark.parametrize("kind", DEGRADATIONS)
 def test_the_shipped_score_falls_as_noise_is_added(kind, good_recordings):
     extractor = QLungFeatureExtractor(quality_score="learned")
-    copies = [[waveform, *degrade(waveform, kind, seed)[4::3]] for seed, waveform in enumerate(good_recordings[:12])]
+    copies = [[waveform, *degrade(waveform, kind, seed)[1::3]] for seed, waveform in enumerate(good_recordings[::3])]
     mean = np.mean([[extractor.quality(copy) for copy in of_one] for of_one in copies], axis=0)
     assert (np.diff(mean) < 0).all(), mean
 
@@ -319,7 +319,7 @@ def muted(waveform: np.ndarray, rate: int = 16000) -> np.ndarray:
 def test_pauses_make_no_recording_good(change, recordings_of):
     extractor = QLungFeatureExtractor(quality_score="learned")
     poor = [waveform for waveform in recordings_of[True] if extractor.quality(waveform) < 0.5]
-    assert len(poor) > 30
+    assert len(poor) > 100
     assert np.mean([extractor.quality(change(waveform)) < 0.5 for waveform in poor]) > 0.85
 
 
@@ -329,7 +329,7 @@ def test_every_reason_has_a_threshold():
 
 def test_good_recordings_have_few_reasons(good_recordings):
     said = [reason for waveform in good_recordings for reason in quality_reasons(waveform)]
-    assert max(said.count(reason) for reason in REASON_THRESHOLDS) <= 3  # 5 %
+    assert max(said.count(reason) for reason in REASON_THRESHOLDS) <= 0.05 * len(good_recordings)
 
 
 @pytest.mark.parametrize(("reason", "kind"), OWN_NOISE.items())

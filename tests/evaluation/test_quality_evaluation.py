@@ -490,6 +490,7 @@ def test_gains_that_clip_or_drown_are_left_out():
     assert changed(quiet)["gain -20 dB"] is None
     assert changed(quiet)["gain +20 dB"] == pytest.approx(0.01)
     assert changed(quiet).keys() == changed(loud).keys()
+    assert changed(loud)["1 s of silence after"].tolist() == [0.5] * RATE + [0.0] * RATE
 
 
 def test_events_are_compared():
