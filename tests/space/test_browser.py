@@ -122,7 +122,7 @@ def test_the_microphone_is_recorded_and_analyzed(page, tmp_path):
     page.context.grant_permissions(["microphone"])
     page.get_by_label("Record audio").first.click()
     page.locator("button.record-button, button.record").first.click()
-    page.wait_for_timeout(4000)
+    page.locator("time.duration", has_text="0:03").wait_for()  # a busy machine starts late
     page.locator("button.stop-button, button.stop-button-paused").first.click()
     page.get_by_label("Clear").first.wait_for()
     analyze(page)
