@@ -12,6 +12,13 @@ No corpus is needed, and what comes out depends on the random generator alone:
 - `clipping`: the loudest samples flattened;
 - `dropouts`: packets of 40 ms lost.
 
+To these eight the learned quality score is fitted. Four more are only there to measure it, `UNSEEN`:
+
+- `60 Hz hum`: the mains of other countries;
+- `crying`: one child's voice, its pitch at 350 to 550 Hz, in cries of a second;
+- `alarm`: a monitor's beeps, in threes, at 400 to 1,000 Hz;
+- `cloth`: rustling, short scrapes of 300 to 3,000 Hz.
+
 Noise is made at 8 kHz, SPRSound's rate, and resampled as its recordings are, and so is what clipping and dropouts do:
 else anything above 4 kHz would give it away. The ratio is that of powers over the whole recording, which has noise of
 its own. What comes out is as loud as what went in: the kind and amount of noise differ, and not the loudness.
@@ -58,22 +65,23 @@ def degrade(waveform: NDArray, kind: str, seed: int) -> list[NDArray]:
 
     Args:
         waveform: samples (n,) at 16 kHz.
-        kind: one of `DEGRADATIONS`.
+        kind: one of `DEGRADATIONS` or `UNSEEN`.
         seed: the same seed gives the same noise.
 
     Returns:
         Samples (n,), float32, at each level, mildest first.
     """
-    degradation = DEGRADATIONS[kind]
-    number = list(DEGRADATIONS).index(kind)  # else two kinds would draw the same noise
+    kinds = DEGRADATIONS | UNSEEN
+    degradation = kinds[kind]
+    number = list(kinds).index(kind)  # else two kinds would draw the same noise
     at_level = degradation.prepare(waveform, np.random.default_rng((seed, number)))
     return [at_level(level).astype(np.float32) for level in degradation.levels]
 
 
 def synthesize(kind: str, samples: int, rng: Generator) -> NDArray:
-    """Synthesise one kind of `NOISES`: samples (n,) at 16 kHz, without mean, of RMS 1."""
+    """Synthesise one kind of `NOISES` or `UNSEEN_NOISES`: samples (n,) at 16 kHz, without mean, of RMS 1."""
     length = max(1, -(-samples * _DEVICE_RATE // RATE))
-    noise = resample(NOISES[kind](rng, length), _DEVICE_RATE, RATE)
+    noise = resample((NOISES | UNSEEN_NOISES)[kind](rng, length), _DEVICE_RATE, RATE)
     noise = np.pad(noise, (0, max(0, samples - len(noise))))[:samples]
     noise = noise - noise.mean()
     return noise / max(noise.std(), np.finfo(noise.dtype).tiny)
@@ -135,12 +143,12 @@ def _rumble(rng: Generator, length: int) -> NDArray:
     return (0.1 + bursts) * shape(rng.standard_normal(length), _DEVICE_RATE, 15.0, 120.0, -3.0)
 
 
-def _hum(rng: Generator, length: int) -> NDArray:
+def _hum(rng: Generator, length: int, hertz: int = 50) -> NDArray:
     times = np.arange(length) / _DEVICE_RATE
     harmonics = np.arange(1, 11)
     heights = rng.uniform(0.5, 1.5, len(harmonics)) / harmonics
     phases = rng.uniform(0, 2 * np.pi, len(harmonics))
-    waves = [h * np.sin(2 * np.pi * 50 * k * times + p) for k, h, p in zip(harmonics, heights, phases, strict=True)]
+    waves = [h * np.sin(2 * np.pi * hertz * k * times + p) for k, h, p in zip(harmonics, heights, phases, strict=True)]
     return np.sum(waves, axis=0)
 
 
@@ -189,6 +197,38 @@ def _syllable(rng: Generator, pitch: float) -> NDArray:
     return sound / np.sqrt(np.mean(sound**2)) * np.sin(np.pi * (np.arange(length) + 0.5) / length)
 
 
+def _crying(rng: Generator, length: int) -> NDArray:
+    noise = np.zeros(length)
+    pitch = rng.uniform(350, 550)  # Hz
+    start = -int(rng.integers(_DEVICE_RATE))
+    while start < length:
+        cry = round(rng.uniform(0.6, 1.4) * _DEVICE_RATE)
+        phase = np.linspace(0, 1, cry)
+        rising = pitch * rng.uniform(0.9, 1.1) * (0.85 + 0.3 * np.sin(np.pi * phase))  # up, and down again
+        turns = 2 * np.pi * np.cumsum(rising) / _DEVICE_RATE
+        heights = rng.uniform(0.3, 1.0, 6) / np.arange(1, 7)  # harmonics, below 4 kHz
+        voice = heights @ np.sin(np.arange(1, 7)[:, None] * turns)
+        seen = slice(max(0, -start), max(0, length - start))
+        part = (voice * np.sin(np.pi * phase) ** 0.5)[seen]
+        noise[max(0, start) : max(0, start) + len(part)] += part
+        start += cry + round(rng.uniform(0.3, 0.8) * _DEVICE_RATE)  # breathes in
+    return noise
+
+
+def _alarm(rng: Generator, length: int) -> NDArray:
+    times = np.arange(length) / _DEVICE_RATE + rng.uniform(0, 2)
+    frequency = np.exp(rng.uniform(np.log(400), np.log(1000)))
+    tone = sum(np.sin(2 * np.pi * frequency * k * times) / k**2 for k in (1, 2, 3))
+    beat = times % 2.0  # three beeps in 0.75 s, and silence
+    edge = np.clip(np.minimum(beat % 0.25, 0.15 - beat % 0.25) / 0.01, 0, 1)
+    return tone * np.where(beat < 0.75, edge, 0)
+
+
+def _cloth(rng: Generator, length: int) -> NDArray:
+    bursts = _drifting(rng, length, 0.08, lambda number: rng.gamma(0.3, size=number))
+    return bursts * shape(rng.standard_normal(length), _DEVICE_RATE, 300.0, 3000.0, 0.0)
+
+
 def _drifting(rng: Generator, length: int, seconds: float, draw: Callable[[int], NDArray]) -> NDArray:
     """Random values `seconds` apart, joined by lines; they start at a random place between two."""
     step = seconds * _DEVICE_RATE
@@ -203,6 +243,12 @@ NOISES: dict[str, Noise] = {
     "knocks": _knocks,
     "rumble": _rumble,
     "hum": _hum,
+}
+UNSEEN_NOISES: dict[str, Noise] = {
+    "60 Hz hum": partial(_hum, hertz=60),
+    "crying": _crying,
+    "alarm": _alarm,
+    "cloth": _cloth,
 }
 SNR_DB = (30.0, 25.0, 20.0, 15.0, 10.0, 5.0, 0.0, -5.0)
 _LOST_PERCENT = (0.3, 1.0, 3.0, 10.0, 20.0, 30.0, 40.0, 50.0)
@@ -222,3 +268,4 @@ DEGRADATIONS: dict[str, Degradation] = {
         "%", _LOST_PERCENT, lambda waveform, rng: partial(drop, waveform, int(rng.integers(2**32)))
     ),
 }
+UNSEEN: dict[str, Degradation] = {kind: _noisy(kind) for kind in UNSEEN_NOISES}

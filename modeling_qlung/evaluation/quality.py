@@ -5,7 +5,8 @@
 Clinicians called 177 of SPRSound's 1,949 training recordings "Poor Quality" (Zhang et al. 2022). Whatever a score
 learns is learned anew in every fold, from recordings of other children, and no recording, nor any noisy copy of it, is
 ever scored by a function that was fitted on its child. Other datasets are scored by one fitted on all children. The
-learned score is fitted to follow these kinds of noise and simulated recordings, on other children, draws and devices.
+learned score is fitted to follow noise and simulated recordings, on other children, draws and devices; four of the
+twelve kinds of noise are not among those that it is fitted to.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from hf_datasets.labels import EVENT_TYPES
 
 from ..inference import resample
-from .noises import DEGRADATIONS, degrade
+from .noises import DEGRADATIONS, UNSEEN, degrade
 from .quality_figures import Shown, plot_devices, plot_discrimination, plot_monotonicity, plot_recordings
 from .quality_measures import (
     calibration,
@@ -65,7 +66,7 @@ def tells_poor(fitted: Sequence[Fitted], recordings: Recordings) -> dict[str, An
     """Measure discrimination, what gates refuse and, of probabilities, calibration, on children not seen in fitting."""
     results = {}
     for one in fitted:
-        results[one.name] = discrimination(one.out_of_fold, recordings.poor, recordings.patients)
+        results[one.name] = discrimination(one.out_of_fold, recordings.poor, recordings.patients, one.folds)
         results[one.name]["gates"] = _gates(one, one.out_of_fold[0], recordings)
         if one.score.probability:
             results[one.name]["calibration"] = calibration(one.out_of_fold, ~recordings.poor)
@@ -93,13 +94,13 @@ def falls_with_noise(fitted: Sequence[Fitted], recordings: Recordings) -> dict[s
     """Degrade good recordings in every way and at every level; {score: {kind: ...}}."""
     chosen = choose(recordings, ~recordings.poor, GOOD_RECORDINGS)
     results: dict[str, Any] = {one.name: {} for one in fitted}
-    for kind, degradation in DEGRADATIONS.items():
+    for kind, degradation in (DEGRADATIONS | UNSEEN).items():
         copies = (c for i in chosen for c in (recordings.waveforms[i], *degrade(recordings.waveforms[i], kind, int(i))))
         measured = measure(copies, [one.score for one in fitted])
         levels = 1 + len(degradation.levels)
         for one in fitted:
             quality = one.on_unseen(measured[one.score.measure], np.repeat(chosen, levels)).reshape(-1, levels)
-            about = {"unit": degradation.unit, "levels": degradation.levels, "n": len(chosen)}
+            about = {"unit": degradation.unit, "levels": degradation.levels, "unseen": kind in UNSEEN, "n": len(chosen)}
             results[one.name][kind] = {**about, **monotonicity(quality)}
     return results
 

@@ -65,7 +65,7 @@ def plot_monotonicity(results: Mapping[str, Any], path: Path) -> None:
     """Draw the mean score of recordings that get worse, a panel for each kind of noise, as PNG.
 
     Args:
-        results: {score: {kind: {"unit", "levels", "mean"}}}.
+        results: {score: {kind: {"unit", "levels", "unseen", "mean"}}}.
         path: image file to write.
 
     Raises:
@@ -81,7 +81,8 @@ def plot_monotonicity(results: Mapping[str, Any], path: Path) -> None:
             axes.plot(of_score[kind]["mean"], color=colours[name], linewidth=1.8, marker="o", markersize=3, label=name)
         axes.set_xticks(range(len(found["mean"])), ["–", *(f"{n:g}".replace("-", "−") for n in found["levels"])])
         axes.set_ylim(-0.02, 1.02)
-        _finish(axes, kind, {"dB": "SNR, dB", "%": "percent lost"}[found["unit"]], "")
+        title = f"{kind}, never fitted to" if found["unseen"] else kind
+        _finish(axes, title, {"dB": "SNR, dB", "%": "percent lost"}[found["unit"]], "")
         axes.tick_params(axis="x", labelsize=8)
     for axes in panels[len(kinds) :]:
         axes.set_axis_off()

@@ -3,6 +3,7 @@
 Quality is high for a good recording. Every function takes scores, and knows nothing of how they were made.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,33 +16,56 @@ from .bootstrap import weighted_ci
 # Scores that saturate rise and fall in the third decimal; that is no lack of monotonicity.
 _TOLERANCE = 0.01
 
+Measure = Callable[[NDArray, NDArray, NDArray], NDArray]  # of scores, positive items and weights, as weighted_auroc
 
-def discrimination(quality: NDArray, poor: NDArray, patients: ArrayLike) -> dict[str, Any]:
+
+def discrimination(
+    quality: NDArray, poor: NDArray, patients: ArrayLike, folds: NDArray | None = None
+) -> dict[str, Any]:
     """Measure how well low quality finds poor recordings.
 
     Args:
         quality: (seeds, n), scores of recordings by functions that were not fitted on their patients.
         poor: (n,) bool.
         patients: (n,) patient of each recording.
+        folds: (seeds, n), by which function each was scored; left out where one scored all.
 
     Returns:
         `auroc` and `average_precision`, each {"mean", "sd", "interval"}: mean and standard deviation (None for one)
         over seeds, and the 95 % interval of the mean from a bootstrap over patients; with `n`, `poor` and `patients`.
+        With `folds` also `auroc_within`, the mean AUROC of the functions, each on what it scored: `auroc` compares
+        scores of different functions too, which are calibrated each on its own.
     """
-    measures = {"auroc": weighted_auroc, "average_precision": weighted_average_precision}
+    one = np.zeros(quality.shape, dtype=int)
+    measures: dict[str, tuple[Measure, NDArray]] = {
+        "auroc": (weighted_auroc, one),
+        "average_precision": (weighted_average_precision, one),
+    }
+    if folds is not None:
+        measures["auroc_within"] = (weighted_auroc, folds)
     found: dict[str, Any] = {"n": len(poor), "poor": int(poor.sum()), "patients": len(np.unique(patients))}
-    for name, measure in measures.items():
-        values = [float(measure(1 - of_seed, poor, np.ones((1, len(poor))))[0]) for of_seed in quality]
+    for name, (measure, groups) in measures.items():
+        of_seeds = partial(_of_seeds, measure, 1 - quality, poor, groups)
+        values = of_seeds(np.ones((1, len(poor))))
 
-        def over_seeds(weights: NDArray, measure: Any = measure) -> NDArray:
-            return np.mean([measure(1 - of_seed, poor, weights) for of_seed in quality], axis=0)
+        def over_seeds(weights: NDArray, of_seeds: Callable[[NDArray], NDArray] = of_seeds) -> NDArray:
+            return of_seeds(weights).mean(axis=0)
 
         found[name] = {
-            "mean": float(np.mean(values)),
-            "sd": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+            "mean": float(values.mean()),
+            "sd": float(values.std(ddof=1)) if len(values) > 1 else None,
             "interval": weighted_ci(patients, over_seeds),
         }
     return found
+
+
+def _of_seeds(measure: Measure, scores: NDArray, positive: NDArray, groups: NDArray, weights: NDArray) -> NDArray:
+    """Measure scores (seeds, n) within groups (seeds, n), and give each seed's mean over them: (seeds, resamples)."""
+    means = []
+    for score, group in zip(scores, groups, strict=True):
+        within = (group == number for number in np.unique(group))
+        means.append(np.mean([measure(score[own], positive[own], weights[:, own]) for own in within], axis=0))
+    return np.array(means)
 
 
 def weighted_auroc(score: NDArray, positive: NDArray, weights: NDArray) -> NDArray:

@@ -79,16 +79,16 @@ class Fitted:
             return score.fit(recordings.take(kept), _at(measured, kept))
 
         self.out_of_fold = np.empty((score.repeats, len(usable)))
+        self.folds = np.empty(self.out_of_fold.shape, dtype=int)  # in which of them each recording was held out
         self._functions: list[Predict] = []  # of the first seed's folds
-        self._fold = np.empty(len(usable), dtype=int)
         for seed, quality in enumerate(self.out_of_fold):
             folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(usable, usable, patients)
             for number, (kept, unseen) in enumerate(folds):
                 function = fit(kept)
                 quality[unseen] = function(_at(measured, unseen))
+                self.folds[seed, unseen] = number
                 if seed == 0:
                     self._functions.append(function)
-                    self._fold[unseen] = number
         self.on_others = fit(np.arange(len(usable)))
         own = self.out_of_fold[0]
         self.threshold = best_threshold(own, ~usable)
@@ -103,7 +103,7 @@ class Fitted:
         """Score m changed copies or parts of recordings, numbered in `recordings` (m,), as of children never seen."""
         quality = np.empty(len(recordings))
         for number, function in enumerate(self._functions):
-            own = np.flatnonzero(self._fold[recordings] == number)
+            own = np.flatnonzero(self.folds[0, recordings] == number)
             if len(own):
                 quality[own] = function(_at(measured, own))
         return quality

@@ -38,12 +38,15 @@ def _percent(value: float | None, digits: int = 0) -> str:
 
 
 def _label(results: Results) -> list[str]:
-    head = ["score", "AUROC", "95 %", "average precision", "95 %", "Brier", "Brier of a constant", "ECE"]
+    names = {"auroc_within": "AUROC within folds", "auroc": "AUROC of all", "average_precision": "average precision"}
+    names = {key: title for key, title in names.items() if key in next(iter(results.values()))}
+    head = ["score", *(part for title in names.values() for part in (title, "95 %"))]
+    head += ["Brier", "Brier of a constant", "ECE"]
     rows = []
     for name, found in results.items():
         cells = [
             text
-            for measure in (found["auroc"], found["average_precision"])
+            for measure in (found[key] for key in names)
             for text in (format_mean_sd(measure["mean"], measure["sd"], ".3f"), format_interval(measure["interval"]))
         ]
         given = found.get("calibration", {})
@@ -62,9 +65,13 @@ def _label(results: Results) -> list[str]:
 def _noise(results: Results) -> list[str]:
     lines: list[str] = []
     for name, kinds in results.items():
-        for unit, what in (("dB", "signal-to-noise ratio"), ("%", "share of samples lost")):
-            own = {kind: found for kind, found in kinds.items() if found["unit"] == unit}
+        groups: dict[str, dict[str, Any]] = {}
+        for kind, found in kinds.items():
+            what = {"dB": "signal-to-noise ratio", "%": "share of samples lost"}[found["unit"]]
+            groups.setdefault(f"{what}, never fitted to" if found["unseen"] else what, {})[kind] = found
+        for what, own in groups.items():
             first = next(iter(own.values()))
+            unit = first["unit"]
             levels = [f"{level:g} {unit}".replace("-", "−") for level in first["levels"]]
             head = [f"`{name}`, by {what}", "as recorded", *levels, "Spearman", "monotone"]
             rows = [

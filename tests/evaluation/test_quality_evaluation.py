@@ -16,7 +16,18 @@ from sklearn.preprocessing import StandardScaler
 import hf_datasets
 from modeling_qlung.evaluation import quality
 from modeling_qlung.evaluation.bootstrap import weighted_ci
-from modeling_qlung.evaluation.noises import DEGRADATIONS, NOISES, SNR_DB, add_noise, clip, degrade, drop, synthesize
+from modeling_qlung.evaluation.noises import (
+    DEGRADATIONS,
+    NOISES,
+    SNR_DB,
+    UNSEEN,
+    UNSEEN_NOISES,
+    add_noise,
+    clip,
+    degrade,
+    drop,
+    synthesize,
+)
 from modeling_qlung.evaluation.quality import (
     FADE,
     changed,
@@ -115,6 +126,23 @@ def test_seeds_are_averaged():
     assert found["mean"] == 0.5
     assert found["sd"] == pytest.approx(np.sqrt(0.5))
     assert found["interval"] is None  # half of the resamples have one class only
+
+
+def test_functions_are_measured_each_on_what_it_scored():
+    rng = np.random.default_rng(2)
+    folds, poor = rng.integers(0, 3, (2, 300)), rng.random(300) < 0.3
+    quality = rng.random((2, 300)) - 0.5 * poor + folds  # each function has a level of its own
+    found = discrimination(quality, poor, np.arange(300), folds)
+    expected = [
+        np.mean([roc_auc_score(poor[fold == n], -one[fold == n]) for n in range(3)])
+        for one, fold in zip(quality, folds, strict=True)
+    ]
+    assert found["auroc_within"]["mean"] == pytest.approx(np.mean(expected))
+    assert found["auroc_within"]["sd"] == pytest.approx(np.std(expected, ddof=1))
+    low, high = found["auroc_within"]["interval"]
+    assert 0.6 < low < np.mean(expected) < high
+    assert found["auroc"]["mean"] < low  # a function's usable recordings below another's poor ones
+    assert "auroc_within" not in discrimination(quality, poor, np.arange(300))
 
 
 def test_interval_resamples_children_with_all_their_recordings():
@@ -252,10 +280,10 @@ def breath():
     return (0.02 * sound * np.sin(np.pi * times) ** 2).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", NOISES)
+@pytest.mark.parametrize("kind", NOISES | UNSEEN_NOISES)
 def test_noise_is_added_at_the_ratio_asked_for(breath, kind):
     noise = synthesize(kind, len(breath), np.random.default_rng(6))
-    at_level = DEGRADATIONS[kind].prepare(breath, np.random.default_rng(6))
+    at_level = (DEGRADATIONS | UNSEEN)[kind].prepare(breath, np.random.default_rng(6))
     for snr_db in SNR_DB:
         parts = np.stack([breath, noise, np.ones_like(breath)], axis=1).astype(np.float64)
         (of_breath, of_noise, _), rest, *_ = np.linalg.lstsq(parts, at_level(snr_db).astype(np.float64), rcond=None)
@@ -269,10 +297,10 @@ def test_noise_of_any_level_and_offset_is_scaled(breath):
     np.testing.assert_allclose(add_noise(breath, noise, 10), add_noise(breath, 30 * noise + 5, 10), atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", DEGRADATIONS)
+@pytest.mark.parametrize("kind", DEGRADATIONS | UNSEEN)
 def test_degraded_recordings_keep_length_loudness_and_history(breath, kind):
     copies = degrade(breath, kind, 1)
-    assert len(copies) == len(DEGRADATIONS[kind].levels) == 8
+    assert len(copies) == len((DEGRADATIONS | UNSEEN)[kind].levels) == 8
     worse = [np.mean(np.square(copy - breath)) for copy in copies]
     assert worse == sorted(worse)
     for copy in copies:
@@ -283,14 +311,14 @@ def test_degraded_recordings_keep_length_loudness_and_history(breath, kind):
         assert power[hertz > 4200].sum() < 1e-4 * power.sum()
 
 
-@pytest.mark.parametrize("kind", DEGRADATIONS)
+@pytest.mark.parametrize("kind", DEGRADATIONS | UNSEEN)
 def test_noise_depends_on_the_seed_alone(breath, kind):
     first, again, other = (degrade(breath, kind, seed)[-1] for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert np.array_equal(first, other) == (kind == "clipping")
 
 
-@pytest.mark.parametrize("kind", DEGRADATIONS)
+@pytest.mark.parametrize("kind", DEGRADATIONS | UNSEEN)
 @pytest.mark.parametrize("samples", [1, 2000])
 def test_short_and_silent_recordings_are_degraded(kind, samples):
     short = np.linspace(-0.1, 0.1, samples, dtype=np.float32)
@@ -299,7 +327,7 @@ def test_short_and_silent_recordings_are_degraded(kind, samples):
 
 
 def test_kinds_of_noise_are_what_they_are_called():
-    noise = {kind: synthesize(kind, 20 * RATE, np.random.default_rng(8)) for kind in NOISES}
+    noise = {kind: synthesize(kind, 20 * RATE, np.random.default_rng(8)) for kind in NOISES | UNSEEN_NOISES}
     spectra = {kind: welch(samples, RATE, nperseg=8192) for kind, samples in noise.items()}
 
     def share(kind, low, high):
@@ -312,14 +340,32 @@ def test_kinds_of_noise_are_what_they_are_called():
     assert share("white", 100, 1100) == pytest.approx(share("white", 2000, 3000), rel=0.05)
     assert share("ambient", 100, 200) == pytest.approx(share("ambient", 800, 1600), rel=0.15)  # equal in every octave
     assert share("rumble", 0, 200) > 0.95
-    hertz, power = spectra["hum"]
-    peaks = hertz[np.argsort(power)[-6:]]
-    assert np.abs(peaks - 50 * np.round(peaks / 50)).max() < 3
-    assert share("hum", 40, 510) > 0.99
+    for kind, mains_hz in (("hum", 50), ("60 Hz hum", 60)):
+        hertz, power = spectra[kind]
+        peaks = hertz[np.argsort(power)[-6:]]
+        assert np.abs(peaks - mains_hz * np.round(peaks / mains_hz)).max() < 3
+        assert share(kind, 40, 10 * mains_hz + 10) > 0.99
     assert kurtosis(noise["knocks"]) > 10 > 1 > abs(kurtosis(noise["white"]))
     assert share("babble", 200, 3500) > 0.8
     hertz, power = welch(np.abs(noise["babble"]).reshape(-1, 160).mean(axis=1), 100, nperseg=512)
     assert power[(hertz > 2) & (hertz < 10)].sum() > 2 * power[hertz > 10].sum()  # the rhythm of syllables
+    assert share("crying", 250, 4000) > 0.98
+    assert share("alarm", 390, 1010) > 0.9
+    assert share("cloth", 250, 3500) > 0.95
+
+
+def test_cries_and_beeps_come_and_go():
+    levels = {
+        kind: np.abs(synthesize(kind, 60 * RATE, np.random.default_rng(9))).reshape(-1, 160).mean(axis=1)  # each 10 ms
+        for kind in ("crying", "alarm")
+    }
+    sounding = {kind: level > 0.1 * level.max() for kind, level in levels.items()}
+    starts = {kind: np.flatnonzero(np.diff(on.astype(int)) > 0) / 100 for kind, on in sounding.items()}
+    assert 0.5 < sounding["crying"].mean() < 0.8
+    assert 28 <= len(starts["crying"]) <= 66  # one each 0.9 to 2.2 s
+    gaps = np.diff(starts["alarm"])
+    assert np.allclose(gaps[np.abs(gaps - 0.25) > 0.02], 1.5, atol=0.02)  # from the last of three to the next
+    assert np.mean(np.abs(gaps - 0.25) < 0.02) == pytest.approx(2 / 3, abs=0.02)
 
 
 def test_clipping_flattens_the_loudest_samples(breath):
@@ -637,7 +683,8 @@ def test_everything_is_measured_drawn_and_tabulated(tmp_path, monkeypatch):
     json.dumps(results, allow_nan=False)
     text = to_markdown(results)
     assert text.count("## ") == 8
-    assert "| `loud` | 1.000 ± 0.000 | [1.00, 1.00] |" in text
+    assert "| `loud` | 1.000 ± 0.000 | – | 1.000 ± 0.000 | [1.00, 1.00] |" in text  # few children: no interval in folds
+    assert "| `loud`, by signal-to-noise ratio, never fitted to |" in text
     assert "| `loud`, one half | 0.500 | 100.0 % | 0.0 % |" in text
     assert "| `loud` | crackles | other sound | 5 | 5 | 0 |" in text
     assert "| `loud` | crackles | normal breaths | 0 | 0 | 5 | – | – | – | – |" in text
