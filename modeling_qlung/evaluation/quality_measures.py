@@ -203,13 +203,14 @@ def change(before: NDArray, after: NDArray, threshold: float, poor: NDArray) -> 
 
     Returns:
         `mean` and `p95` (95th percentile) of the absolute change, `spearman`, `crossing` (share of recordings called
-        otherwise), mean change with its sign of `usable` and of `poor` recordings, and `n`; None instead of each where
-        there is no recording.
+        otherwise), mean change with its sign of `usable` and of `poor` recordings, `auroc_before` and `auroc_after`
+        (how well these tell poor ones), and `n`; None instead of each where there is no recording.
     """
     there = ~np.isnan(before + after)
     before, after, poor = before[there], after[there], poor[there]
     if not len(before):
-        return {**dict.fromkeys(("mean", "p95", "spearman", "crossing", "usable", "poor")), "n": 0}
+        names = ("mean", "p95", "spearman", "crossing", "usable", "poor", "auroc_before", "auroc_after")
+        return {**dict.fromkeys(names), "n": 0}
     moved = after - before
     return {
         "mean": float(np.abs(moved).mean()),
@@ -218,8 +219,14 @@ def change(before: NDArray, after: NDArray, threshold: float, poor: NDArray) -> 
         "crossing": float(((before < threshold) != (after < threshold)).mean()),
         "usable": float(moved[~poor].mean()) if not poor.all() else None,
         "poor": float(moved[poor].mean()) if poor.any() else None,
+        "auroc_before": _auroc(before, poor),
+        "auroc_after": _auroc(after, poor),
         "n": len(before),
     }
+
+
+def _auroc(quality: NDArray, poor: NDArray) -> float | None:
+    return None if poor.all() or not poor.any() else float(weighted_auroc(-quality, poor, np.ones((1, len(poor))))[0])
 
 
 def removal(removed: NDArray, control: NDArray, patients: NDArray) -> dict[str, Any]:

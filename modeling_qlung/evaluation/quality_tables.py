@@ -104,8 +104,9 @@ def _invariance(results: Results) -> list[str]:
         for kind, found in changes.items():
             moved = [_number(found[key]) for key in ("mean", "p95", "spearman")]
             signed = [_number(found[key], "+.3f") for key in ("usable", "poor")]
-            rows.append([kind.replace("-", "−"), str(found["n"]), *moved, _percent(found["crossing"]), *signed])
-        lines += [*_table([*head, "up or down: usable", "poor"], rows), ""]
+            told = [_number(found[key], ".2f") for key in ("auroc_before", "auroc_after")]
+            rows.append([kind.replace("-", "−"), str(found["n"]), *moved, _percent(found["crossing"]), *signed, *told])
+        lines += [*_table([*head, "up or down: usable", "poor", "AUROC before", "after"], rows), ""]
     return lines[:-1]
 
 

@@ -225,10 +225,12 @@ def test_change_counts_what_is_called_otherwise():
     assert found["p95"] == pytest.approx(np.percentile([0, 0.2, 0, 0.4], 95))
     assert found["crossing"] == 0.5
     assert (found["poor"], found["usable"]) == pytest.approx((0.1, -0.2))  # up and down
+    assert (found["auroc_before"], found["auroc_after"]) == (1.0, pytest.approx(2.5 / 4))
     assert found["n"] == 4
     assert change(before, before, 0.5, poor)["spearman"] == pytest.approx(1)
     there = change(before, np.where(poor, after, np.nan), 0.5, poor)
     assert (there["n"], there["mean"], there["usable"]) == (2, pytest.approx(0.1), None)
+    assert there["auroc_after"] is None
     assert set(change(before, np.full(4, np.nan), 0.5, poor).values()) == {None, 0}
 
 
