@@ -244,7 +244,8 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         """Give the quality score in [0, 1] of one waveform as recorded, shape (samples,), at `self.sampling_rate`."""
         if self.quality_score == "learned":
             levels = quality_levels(waveform, self.sampling_rate)
-            return learned_quality(levels, self.quality_parameters or QUALITY_PARAMETERS)
+            parameters = self.quality_parameters
+            return learned_quality(levels, QUALITY_PARAMETERS if parameters is None else parameters)
         entropy, rms = entropy_and_rms(waveform, self.sampling_rate)
         return quality_score(entropy, rms, self.quality_normalization, self.quality_statistics)
 

@@ -95,7 +95,7 @@ def quality(analysis: Analysis) -> str:
     else:
         said = f"Recording quality {analysis.quality:.2f} of 1"
     if not analysis.reasons:
-        return f"{said}."
+        return f"{said}." if analysis.can_tell or analysis.quality is None else f"{said}; no single cause stands out."
     return f"{said}{'. Noticed' if analysis.can_tell else ''}: {', '.join(analysis.reasons)}."
 
 

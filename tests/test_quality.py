@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 
 import hf_datasets
 from modeling_qlung import QLungFeatureExtractor
-from modeling_qlung.evaluation.noises import DEGRADATIONS, degrade
+from modeling_qlung.evaluation.noises import DEGRADATIONS, NOISES, UNSEEN, UNSEEN_NOISES, degrade, synthesize
 from modeling_qlung.inference import read_audio, resample
 from modeling_qlung.quality_parameters_qlung import QUALITY_PARAMETERS, REASON_THRESHOLDS
 from modeling_qlung.quality_qlung import (
@@ -214,6 +214,12 @@ def test_parameters_of_another_network_are_refused():
         learned_quality(levels, {**QUALITY_PARAMETERS, "output": {"weight": [1.0, 2.0], "bias": 0.0}})
 
 
+def test_an_extractor_without_parameters_says_so():
+    extractor = QLungFeatureExtractor(quality_score="learned", quality_parameters={})
+    with pytest.raises(ValueError, match="quality_parameters are not what"):
+        extractor.quality(breath(2.0))
+
+
 def count(values) -> int:
     if isinstance(values, dict):
         return sum(count(value) for value in values.values())
@@ -293,12 +299,25 @@ def test_the_shipped_score_follows_simulated_noise(tmp_path):
     assert spearmanr(scores, rows["snr_db"][:]).statistic > 0.85
 
 
-@pytest.mark.parametrize("kind", DEGRADATIONS)
+@pytest.mark.parametrize("kind", DEGRADATIONS | UNSEEN)
 def test_the_shipped_score_falls_as_noise_is_added(kind, good_recordings):
     extractor = QLungFeatureExtractor(quality_score="learned")
     copies = [[waveform, *degrade(waveform, kind, seed)[1::3]] for seed, waveform in enumerate(good_recordings[::3])]
     mean = np.mean([[extractor.quality(copy) for copy in of_one] for of_one in copies], axis=0)
     assert (np.diff(mean) < 0).all(), mean
+
+
+@pytest.mark.parametrize("kind", sorted((NOISES | UNSEEN_NOISES).keys() - {"crying"}))  # which it may take for breath
+def test_noise_alone_is_not_usable(kind):
+    extractor = QLungFeatureExtractor(quality_score="learned")
+    draws = [synthesize(kind, 160000, np.random.default_rng(seed)).astype(np.float32) for seed in range(8)]
+    assert np.mean([extractor.quality(0.05 * draw) for draw in draws]) < 0.35
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_crying_alone_has_a_reason(seed):
+    crying = synthesize("crying", 160000, np.random.default_rng(seed)).astype(np.float32)
+    assert "speech or crying" in quality_reasons(0.05 * crying)
 
 
 def muted(waveform: np.ndarray, rate: int = 16000) -> np.ndarray:

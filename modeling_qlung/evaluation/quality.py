@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from hf_datasets.labels import EVENT_TYPES
 
 from ..inference import resample
-from .noises import DEGRADATIONS, UNSEEN, degrade
+from ..quality_parameters_qlung import REASON_THRESHOLDS
+from ..quality_qlung import quality_reasons
+from .noises import DEGRADATIONS, NOISES, UNSEEN, UNSEEN_NOISES, degrade, synthesize
 from .quality_figures import Shown, plot_devices, plot_discrimination, plot_monotonicity, plot_recordings
 from .quality_measures import (
     calibration,
@@ -43,6 +45,7 @@ from .quality_tables import to_markdown
 logger = logging.getLogger(__name__)
 
 GOOD_RECORDINGS, POOR_RECORDINGS = 100, 50  # that are degraded and changed; of as many children as there are
+ALONE, ALONE_S, ALONE_RMS = 20, 10, 0.05  # draws of noise without a recording, how long, how loud
 GAINS_DB = (-20, -10, 10, 20)
 RATES = (4000, 8000, 44100)
 TILTS_DB = (-12, 12)  # between 100 and 1600 Hz, as one stethoscope may differ from another
@@ -102,6 +105,38 @@ def falls_with_noise(fitted: Sequence[Fitted], recordings: Recordings) -> dict[s
             quality = one.on_unseen(measured[one.score.measure], np.repeat(chosen, levels)).reshape(-1, levels)
             about = {"unit": degradation.unit, "levels": degradation.levels, "unseen": kind in UNSEEN, "n": len(chosen)}
             results[one.name][kind] = {**about, **monotonicity(quality)}
+    return results
+
+
+def is_alone(fitted: Sequence[Fitted]) -> dict[str, Any]:
+    """Score noise without any recording, by what was fitted on all children: nothing of it is usable.
+
+    Returns:
+        {score: {kind: {`n`, `mean`, `passing` (share of draws that score one half and more)}}}.
+    """
+    results: dict[str, Any] = {one.name: {} for one in fitted}
+    for number, kind in enumerate(NOISES | UNSEEN_NOISES):
+        draws = (synthesize(kind, ALONE_S * RATE, np.random.default_rng((number, n))) for n in range(ALONE))
+        measured = measure((ALONE_RMS * draw.astype(np.float32) for draw in draws), [one.score for one in fitted])
+        for one in fitted:
+            quality = one.on_others(measured[one.score.measure])
+            about = {"n": ALONE, "mean": float(quality.mean()), "passing": float((quality >= 0.5).mean())}
+            results[one.name][kind] = about
+    return results
+
+
+def gives_reasons(recordings: Recordings) -> dict[str, Any]:
+    """Count how often the reasons of `quality_reasons` are given for poor recordings, and for as many usable ones.
+
+    Returns:
+        {"poor", "usable": {`n`, `any` (share with a reason), `reasons`: {reason: share}}}.
+    """
+    poor = np.flatnonzero(recordings.poor)
+    results = {}
+    for name, chosen in {"poor": poor, "usable": choose(recordings, ~recordings.poor, len(poor))}.items():
+        said = [quality_reasons(recordings.waveforms[index], RATE) for index in chosen]
+        shares = {reason: sum(reason in of_one for of_one in said) / len(said) for reason in REASON_THRESHOLDS}
+        results[name] = {"n": len(said), "any": sum(map(bool, said)) / len(said), "reasons": shares}
     return results
 
 
@@ -345,7 +380,8 @@ def reads_device(fitted: Sequence[Fitted], icbhi: Recordings) -> tuple[dict[str,
 def _distribution(quality: NDArray, patients: NDArray) -> dict[str, Any]:
     p5, median, p95 = np.percentile(quality, [5, 50, 95]).tolist()
     about = {"n": len(quality), "patients": len(set(patients)), "mean": float(quality.mean())}
-    return {**about, "sd": float(quality.std()), "p5": p5, "median": median, "p95": p95}
+    below = float((quality < 0.5).mean())
+    return {**about, "sd": float(quality.std()), "p5": p5, "median": median, "p95": p95, "below_half": below}
 
 
 # ---- The command ----
@@ -363,7 +399,7 @@ def evaluate(
         folder: for the figures.
 
     Returns:
-        {experiment: {score's name: results}}, what `quality.json` holds.
+        {experiment: {score's name: results}}, what `quality.json` holds; but `reasons`, which belong to no score.
     """
     train = splits["train"]
     measured = measure(train.waveforms, scores.values())
@@ -376,10 +412,12 @@ def evaluate(
         plot_recordings(*_extremes(one, train), folder / f"quality_recordings_{one.name}.png", one.name)
     experiments: dict[str, Callable[[], dict[str, Any]]] = {
         "noise": lambda: falls_with_noise(fitted, train),
+        "alone": lambda: is_alone(fitted),
         "simulated": lambda: follows_simulated_noise(fitted),
         "invariance": lambda: stays(fitted, train),
         "findings": lambda: ignores_findings(fitted, train),
         "removal": lambda: without_findings(fitted, train),
+        "reasons": lambda: gives_reasons(train),
     }
     for name, experiment in experiments.items():
         logger.info("%s ...", name)

@@ -60,11 +60,16 @@ def discrimination(
 
 
 def _of_seeds(measure: Measure, scores: NDArray, positive: NDArray, groups: NDArray, weights: NDArray) -> NDArray:
-    """Measure scores (seeds, n) within groups (seeds, n), and give each seed's mean over them: (seeds, resamples)."""
+    """Measure scores (seeds, n) within groups (seeds, n), and give each seed's mean over them: (seeds, resamples).
+
+    Groups where the measure is not defined are left out.
+    """
     means = []
     for score, group in zip(scores, groups, strict=True):
         within = (group == number for number in np.unique(group))
-        means.append(np.mean([measure(score[own], positive[own], weights[:, own]) for own in within], axis=0))
+        values = np.array([measure(score[own], positive[own], weights[:, own]) for own in within])
+        there = ~np.isnan(values)
+        means.append(_share(np.where(there, values, 0).sum(axis=0), there.sum(axis=0)))
     return np.array(means)
 
 

@@ -7,14 +7,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.model_selection import StratifiedGroupKFold
 
 from ..quality_qlung import NORMALIZATIONS, entropy_and_rms, fit_statistics, quality_levels, quality_score
-from ..training.quality import fit_learned
+from ..training.quality import FOLDS, draw_folds, fit_learned
 from .quality_measures import best_threshold
 from .quality_recordings import Recordings
 
-FOLDS = 5
 PASSING = 0.95  # of the usable recordings, at one of the gates
 
 Predict = Callable[[Sequence[Any]], NDArray]
@@ -27,19 +25,20 @@ class Score:
 
     Args:
         measure: maps a waveform (samples,), mono float32 at 16 kHz as recorded, to what the score is computed from.
-        fit: maps recordings and what was measured of each to a function from measurements of m recordings to their
-            scores (m,) in [0, 1], high for good recordings.
+        fit: maps recordings, what was measured of each and the number of the fold it is in (n,), for what needs parts
+            of its own, to a function from measurements of m recordings to their scores (m,) in [0, 1], high for good
+            recordings.
         probability: the score claims to be the probability that a recording is usable.
         repeats: how often the folds are drawn anew, with as many seeds; fewer where fitting takes long.
     """
 
     measure: Callable[[NDArray], Any]
-    fit: Callable[[Recordings, Sequence[Any]], Predict]
+    fit: Callable[[Recordings, Sequence[Any], NDArray], Predict]
     probability: bool = False
     repeats: int = 5
 
 
-def _fit_entropy_rms(normalization: str, recordings: Recordings, pairs: Sequence[Any]) -> Predict:
+def _fit_entropy_rms(normalization: str, recordings: Recordings, pairs: Sequence[Any], folds: NDArray) -> Predict:
     statistics = fit_statistics(np.array(pairs), normalization)
     return lambda unseen: np.array([quality_score(h, r, normalization, statistics) for h, r in unseen])
 
@@ -48,8 +47,7 @@ def _entropy_rms(normalization: str) -> Score:
     return Score(entropy_and_rms, partial(_fit_entropy_rms, normalization))
 
 
-# QLung's own, first as train.py normalises it by default; and the learned one, whose logit is calibrated here on one
-# fold within those it is fitted on, and on all five where it is fitted to be shipped: that spares half of the time.
+# QLung's own, first as train.py normalises it by default; and the learned one.
 SCORES: dict[str, Score] = {
     "entropy_rms": _entropy_rms("percentile"),
     **{f"entropy_rms_{name}": _entropy_rms(name) for name in NORMALIZATIONS if name != "percentile"},
@@ -75,21 +73,21 @@ class Fitted:
         self.name, self.score = name, score
         usable, patients = ~recordings.poor, recordings.patients
 
-        def fit(kept: NDArray) -> Predict:
-            return score.fit(recordings.take(kept), _at(measured, kept))
+        def fit(kept: NDArray, folds: NDArray) -> Predict:
+            return score.fit(recordings.take(kept), _at(measured, kept), folds[kept])
 
         self.out_of_fold = np.empty((score.repeats, len(usable)))
         self.folds = np.empty(self.out_of_fold.shape, dtype=int)  # in which of them each recording was held out
         self._functions: list[Predict] = []  # of the first seed's folds
-        for seed, quality in enumerate(self.out_of_fold):
-            folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(usable, usable, patients)
-            for number, (kept, unseen) in enumerate(folds):
-                function = fit(kept)
+        for seed, (quality, folds) in enumerate(zip(self.out_of_fold, self.folds, strict=True)):
+            folds[:] = draw_folds(usable, patients, seed)
+            for number in range(FOLDS):
+                function = fit(np.flatnonzero(folds != number), folds)
+                unseen = np.flatnonzero(folds == number)
                 quality[unseen] = function(_at(measured, unseen))
-                self.folds[seed, unseen] = number
                 if seed == 0:
                     self._functions.append(function)
-        self.on_others = fit(np.arange(len(usable)))
+        self.on_others = fit(np.arange(len(usable)), self.folds[0])
         own = self.out_of_fold[0]
         self.threshold = best_threshold(own, ~usable)
         passing = float(np.quantile(own[usable], 1 - PASSING))

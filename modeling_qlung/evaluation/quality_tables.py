@@ -14,10 +14,12 @@ def to_markdown(results: Results) -> str:
         "label": ("Poor recordings told from usable ones, children not seen in fitting", _label),
         "label_test_inter": ("The same on the children of the inter-subject test", _label),
         "noise": ("Mean score of good recordings as they get worse", _noise),
+        "alone": ("Noise alone, without a recording", _alone),
         "simulated": ("Simulated recordings: rank correlation of score and signal-to-noise ratio", _simulated),
         "invariance": ("What should not matter: change of the score", _invariance),
         "findings": ("Among good recordings: AUROC of normal above abnormal; 0.5 is blind to it", _findings),
         "removal": ("Good recordings without their findings, or without as much else: change of the score", _removal),
+        "reasons": ("Reasons given: share of recordings", _reasons),
         "devices": ("ICBHI's stethoscopes", _devices),
     }
     present = [(title, lines(results[name])) for name, (title, lines) in sections.items() if name in results]
@@ -87,6 +89,15 @@ def _noise(results: Results) -> list[str]:
     return lines[:-1]
 
 
+def _alone(results: Results) -> list[str]:
+    head = ["", *(f"`{name}`, {what}" for name in results for what in ("mean", "0.5 and more"))]
+    rows = []
+    for kind in next(iter(results.values())):
+        of_scores = [found[kind] for found in results.values()]
+        rows.append([kind, *(c for f in of_scores for c in (_number(f["mean"], ".2f"), _percent(f["passing"])))])
+    return _table(head, rows)
+
+
 def _simulated(results: Results) -> list[str]:
     devices = list(next(iter(results.values()))["by_device"])
     rows = [
@@ -132,8 +143,17 @@ def _removal(results: Results) -> list[str]:
     return _table(["", "cut out", "or instead", *counted, *moved], rows)
 
 
+def _reasons(results: Results) -> list[str]:
+    head = ["", *(f"{name} ({about['n']})" for name, about in results.items())]
+    rows = [["any", *(_percent(about["any"]) for about in results.values())]]
+    names = next(iter(results.values()))["reasons"]
+    rows += [[name, *(_percent(about["reasons"][name]) for about in results.values())] for name in names]
+    return _table(head, rows)
+
+
 def _devices(results: Results) -> list[str]:
-    head = ["", "device", "n", "patients", "mean ± sd", "5 % – 50 % – 95 %", "variance between devices", "95 %"]
+    head = ["", "device", "n", "patients", "mean ± sd", "5 % – 50 % – 95 %", "below 0.5"]
+    head += ["variance between devices", "95 %"]
     rows = []
     for name, units in results.items():
         for unit, found in units.items():
@@ -141,6 +161,17 @@ def _devices(results: Results) -> list[str]:
             for device, d in found["devices"].items():
                 range_ = " – ".join(_number(d[key], ".2f") for key in ("p5", "median", "p95"))
                 mean = format_mean_sd(d["mean"], d["sd"])
-                rows.append([f"`{name}`, {unit}", device, str(d["n"]), str(d["patients"]), mean, range_, *shared])
+                rows.append(
+                    [
+                        f"`{name}`, {unit}",
+                        device,
+                        str(d["n"]),
+                        str(d["patients"]),
+                        mean,
+                        range_,
+                        _percent(d["below_half"]),
+                        *shared,
+                    ]
+                )
                 shared = ["", ""]
     return _table(head, rows)

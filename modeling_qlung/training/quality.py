@@ -324,6 +324,17 @@ def batched_levels(parts: Sequence[Tensor], frames: int) -> Tensor:
 
 # ---- Training ----
 
+# By channels and examples, which are kept beside it: as long as they are there, no others have their identity.
+_networks: dict[tuple[int, ...], tuple[QualityNetwork, Sequence[Example]]] = {}
+
+
+def _trained(examples: Sequence[Example], channels: int = CHANNELS) -> QualityNetwork:
+    """Train a network with seed 0, once per process: one that knows neither of two folds serves both of them."""
+    key = (channels, *map(id, examples))
+    if key not in _networks:
+        _networks[key] = train(examples, channels=channels), examples
+    return _networks[key][0]
+
 
 def train(examples: Sequence[Example], seed: int = 0, channels: int = CHANNELS, epochs: int = EPOCHS) -> QualityNetwork:
     """Train a network on all of the examples: AdamW, one cycle of the learning rate, mixup, random level and tilt.
@@ -390,69 +401,68 @@ def _augmented(
     return levels, usable
 
 
+def draw_folds(usable: NDArray, patients: NDArray, seed: int = 0) -> NDArray:
+    """Draw which of `FOLDS` folds each recording (n,) is in: patients are kept apart, poor recordings spread evenly."""
+    folds = np.empty(len(usable), dtype=int)
+    splits = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(usable, usable, patients)
+    for number, (_, unseen) in enumerate(splits):
+        folds[unseen] = number
+    return folds
+
+
 def held_out_logits(
-    examples: Sequence[Example],
-    patients: NDArray,
-    folds: int = FOLDS,
-    seed: int = 0,
-    channels: int = CHANNELS,
-    share: float = 1.0,
+    examples: Sequence[Example], folds: NDArray, kept: Callable[[int], NDArray] | None = None, channels: int = CHANNELS
 ) -> NDArray:
-    """Give the logits (n,) of recordings by networks fitted on other patients, NaN where they were not held out.
+    """Give the logits (n,) of recordings by networks fitted on the other folds.
 
     Args:
         examples: of the recordings.
-        patients: (n,), kept apart.
-        folds: how many of `FOLDS` folds are held out in turn.
-        seed: of the folds and the networks.
+        folds: (n,), the number of the fold that each is in.
+        kept: which recordings (n,), bool, a fold's network may be fitted on; left out: all others.
         channels: of the networks.
-        share: of the other patients that they are fitted on.
     """
-    usable = np.array([example.usable for example in examples])
-    logits = np.full(len(examples), np.nan)
-    splits = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(usable, usable, patients)
-    for (kept, unseen), number in zip(splits, range(folds), strict=False):
-        others = np.random.default_rng((seed, number)).permutation(np.unique(patients[kept]))
-        kept = kept[np.isin(patients[kept], others[: round(share * len(others))])]
-        network = train([examples[index] for index in kept], seed, channels)
-        logits[unseen] = score(network, [examples[index] for index in unseen])
+    logits = np.empty(len(examples))
+    for number in np.unique(folds).tolist():
+        others, unseen = folds != number, folds == number
+        network = _trained(_where(others if kept is None else others & kept(number), examples), channels)
+        logits[unseen] = score(network, _where(unseen, examples))
     return logits
 
 
-def fit(
-    examples: Sequence[Example], patients: NDArray, folds: int = FOLDS, seed: int = 0
-) -> tuple[dict[str, Any], NDArray]:
-    """Fit the learned score: a network on all recordings, its logit calibrated on recordings of unseen patients.
+def _where(chosen: NDArray, examples: Sequence[Example]) -> list[Example]:
+    return [example for example, taken in zip(examples, chosen, strict=True) if taken]
+
+
+def fit(examples: Sequence[Example], folds: NDArray) -> tuple[dict[str, Any], NDArray]:
+    """Fit the learned score: a network on all recordings, its logit calibrated on those of networks on all but a fold.
 
     Args:
         examples: of the recordings.
-        patients: (n,), kept apart.
-        folds: how many of `FOLDS` folds are held out in turn, to calibrate on; each costs one more training.
-        seed: of everything.
+        folds: (n,), the number of the fold that each is in, by patient; each costs one more training.
 
     Returns:
-        The parameters for `learned_quality`, and the calibrated logits (n,) of recordings while they were held out, NaN
-        where they were not.
+        The parameters for `learned_quality`, and the calibrated logits (n,) of recordings while they were held out.
     """
-    logits = held_out_logits(examples, patients, folds, seed)
-    held_out = ~np.isnan(logits)
-    usable = np.array([example.usable for example in examples])
-    platt = LogisticRegression(C=1e6).fit(logits[held_out, None], usable[held_out])
+    logits = held_out_logits(examples, folds)
+    platt = LogisticRegression(C=1e6).fit(logits[:, None], [example.usable for example in examples])
     slope, offset = float(platt.coef_[0, 0]), float(platt.intercept_[0])
-    return train(examples, seed).export(slope, offset), slope * logits + offset
+    return _trained(examples).export(slope, offset), slope * logits + offset
 
 
-def fit_learned(recordings: Recordings, levels: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], NDArray]:
-    """Fit the score as [`fit`] does, calibrated on one fold: the form in which `evaluation.quality` refits scores.
+def fit_learned(
+    recordings: Recordings, levels: Sequence[Tensor], folds: NDArray
+) -> Callable[[Sequence[Tensor]], NDArray]:
+    """Fit the score as [`fit`] does: the form in which `evaluation.quality` refits scores.
 
     Args:
         recordings: with their labels and events.
         levels: of the recordings, from `quality_levels`; made anew here, with those of copies and parts.
+        folds: (n,), the number of the fold that each is in.
 
     Returns:
         A function from levels of m recordings to their scores (m,).
     """
-    parameters, _ = fit(make_examples(recordings), recordings.patients, folds=1)
+    parameters, _ = fit(make_examples(recordings), folds)
     return lambda unseen: np.array([learned_quality(one, parameters) for one in unseen])
 
 
@@ -519,15 +529,20 @@ def ceiling(examples: Sequence[Example], patients: NDArray) -> Iterator[tuple[st
         What was fitted, how many numbers it has, and its logits (n,), NaN where a recording was not scored.
     """
     aside = np.isin(patients, np.random.default_rng(2022).permutation(np.unique(patients))[:ASIDE])
-    others = np.flatnonzero(~aside)
-    known = [examples[index] for index in others.tolist()]
+    known, of_known = _where(~aside, examples), patients[~aside]
+    folds = draw_folds(np.array([example.usable for example in known]), of_known)
+
+    def kept(share: float, number: int) -> NDArray:
+        others = np.random.default_rng((0, number)).permutation(np.unique(of_known[folds != number]))
+        return np.isin(of_known, others[: round(share * len(others))])
+
     settings = [(1.0, channels) for channels in WIDTHS] + [(share, CHANNELS) for share in SHARES]
     for share, channels in settings:
         logits = np.full(len(examples), np.nan)
-        logits[others] = held_out_logits(known, patients[others], channels=channels, share=share)
+        logits[~aside] = held_out_logits(known, folds, functools.partial(kept, share), channels)
         yield f"{channels} channels, {share:.0%} of the children in each fold", _size(channels), logits
     logits = np.full(len(examples), np.nan)
-    logits[aside] = score(train(known), [example for example, left in zip(examples, aside, strict=True) if left])
+    logits[aside] = score(_trained(known), _where(aside, examples))
     yield f"{CHANNELS} channels, the {ASIDE} children put aside", _size(CHANNELS), logits
 
 
@@ -578,7 +593,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.ceiling:
         print_ceiling(examples, recordings.patients)
         return
-    parameters, logits = fit(examples, recordings.patients)
+    parameters, logits = fit(examples, draw_folds(usable, recordings.patients))
     good = np.random.default_rng(0).permutation(np.flatnonzero(usable))[:400]
     write(parameters, fit_reasons([recordings.waveforms[index] for index in good]), args.output)
     brier = np.mean((1 / (1 + np.exp(-logits)) - usable) ** 2)

@@ -70,7 +70,7 @@ EVENTS = {"Normal": 0, "CAS": 2, "DAS": 5}
 
 def score_of(function, probability=False):
     """A score that learns nothing."""
-    return Score(function, lambda recordings, measured: np.array, probability)
+    return Score(function, lambda recordings, measured, folds: np.array, probability)
 
 
 def made_recordings(patients=10, seconds=3.2, seed=0):
@@ -143,6 +143,11 @@ def test_functions_are_measured_each_on_what_it_scored():
     assert 0.6 < low < np.mean(expected) < high
     assert found["auroc"]["mean"] < low  # a function's usable recordings below another's poor ones
     assert "auroc_within" not in discrimination(quality, poor, np.arange(300))
+    without = poor & (folds[0] != 2)  # a fold that holds no poor recording tells nothing
+    expected = [roc_auc_score(without[folds[0] == n], -quality[0, folds[0] == n]) for n in (0, 1)]
+    found = discrimination(quality[:1], without, np.arange(300), folds[:1])["auroc_within"]
+    assert found["mean"] == pytest.approx(np.mean(expected))
+    assert found["interval"] is not None
 
 
 def test_interval_resamples_children_with_all_their_recordings():
@@ -392,7 +397,9 @@ def test_a_score_that_remembers_children_is_not_rewarded():
     number = {id(waveform): index for index, waveform in enumerate(recordings.waveforms)}
     seen = []
 
-    def fit(kept, measured):
+    def fit(kept, measured, folds):
+        assert len(set(folds)) == (5 if len(measured) == len(recordings.poor) else 4)
+        assert all(len(set(folds[kept.patients == child])) == 1 for child in set(kept.patients))
         assert [number[id(waveform)] for waveform in kept.waveforms] == measured
         assert (kept.poor == recordings.poor[measured]).all()
         seen.append(set(kept.patients))
@@ -407,7 +414,7 @@ def test_a_score_that_remembers_children_is_not_rewarded():
 def test_changed_copies_are_scored_by_the_function_of_their_fold():
     recordings = made_recordings()
 
-    def fit(kept, measured):
+    def fit(kept, measured, folds):
         known = set(kept.patients)
         return lambda children: np.array([float(child in known) for child in children])
 
@@ -460,7 +467,7 @@ def test_entropy_rms_is_the_published_score():
     for name, normalization in (("entropy_rms", "percentile"), ("entropy_rms_raw", "raw")):
         statistics = fit_statistics(pairs, normalization)
         expected = [quality_score(*pair, normalization, statistics) for pair in pairs]
-        found = SCORES[name].fit(recordings, [*pairs])(pairs)
+        found = SCORES[name].fit(recordings, [*pairs], np.zeros(len(pairs), int))(pairs)
         np.testing.assert_allclose(found, expected)
 
 
@@ -682,10 +689,14 @@ def test_everything_is_measured_drawn_and_tabulated(tmp_path, monkeypatch):
     assert results["label"]["loud"]["calibration"]["ece"] > 0
     assert "calibration" not in results["label"]["entropy_rms"]
     assert np.ptp(results["noise"]["loud"]["white"]["mean"]) < 1e-3  # noise changes no recording's loudness
+    assert results["alone"]["loud"]["crying"] == {"n": 20, "mean": pytest.approx(1 / 3.5, abs=1e-3), "passing": 0.0}
+    said = {name: about["reasons"]["broadband noise"] for name, about in results["reasons"].items()}
+    assert said == {"poor": 1.0, "usable": 1.0}  # all of them are noise
+    assert [about["n"] for about in results["reasons"].values()] == [5, 5]
     json.dumps(results, allow_nan=False)
     text = to_markdown(results)
-    assert text.count("## ") == 8
-    assert "| `loud` | 1.000 ± 0.000 | – | 1.000 ± 0.000 | [1.00, 1.00] |" in text  # few children: no interval in folds
+    assert text.count("## ") == 10
+    assert "| `loud` | 1.000 ± 0.000 | [1.00, 1.00] | 1.000 ± 0.000 | [1.00, 1.00] |" in text
     assert "| `loud`, by signal-to-noise ratio, never fitted to |" in text
     assert "| `loud`, one half | 0.500 | 100.0 % | 0.0 % |" in text
     assert "| `loud` | crackles | other sound | 5 | 5 | 0 |" in text
@@ -779,7 +790,7 @@ def log_mel_statistics(waveform):
     return np.concatenate([*bands, whole])
 
 
-def fit_logistic_regression(recordings, measured):
+def fit_logistic_regression(recordings, measured, folds):
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
     model.fit(np.array(measured), ~recordings.poor)
     return lambda unseen: model.predict_proba(np.array(unseen))[:, 1]
@@ -804,7 +815,8 @@ def test_the_learned_score_tells_other_childrens_recordings(real_recordings):
     learned = SCORES["learned"]
     unseen = np.isin(recordings.patients, np.unique(recordings.patients)[::4])
     levels = [learned.measure(waveform) for waveform in recordings.waveforms]
-    predict = learned.fit(recordings.take(np.flatnonzero(~unseen)), [])
+    kept = recordings.take(np.flatnonzero(~unseen))
+    predict = learned.fit(kept, [], np.unique(kept.patients, return_inverse=True)[1] % 2)
     found = predict([of for of, taken in zip(levels, unseen, strict=True) if taken])
     assert roc_auc_score(~recordings.poor[unseen], found) > 0.85
     about = calibration(found[None], ~recordings.poor[unseen])

@@ -67,6 +67,9 @@ def test_quality_names_its_reasons():
     assert wording.quality(analysis(N)) == "Recording quality 0.90 of 1."
     noticed = wording.quality(analysis(N, reasons=["mains hum"]))
     assert noticed == "Recording quality 0.90 of 1. Noticed: mains hum."
+    assert wording.quality(analysis(N, quality=0.07, can_tell=False)) == (
+        "Recording quality 0.07 of 1; no single cause stands out."
+    )
     assert wording.quality(analysis(N, quality=None, reasons=["clipped", "mains hum"])) == (
         "This model does not judge recordings’ quality. Noticed: clipped, mains hum."
     )
