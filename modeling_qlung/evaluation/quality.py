@@ -401,6 +401,7 @@ def evaluate(
     Returns:
         {experiment: {score's name: results}}, what `quality.json` holds; but `reasons`, which belong to no score.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     train = splits["train"]
     measured = measure(train.waveforms, scores.values())
     fitted = [Fitted(name, score, train, measured[score.measure]) for name, score in scores.items()]
@@ -461,7 +462,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     splits = load(args.dataset, args.data_dir, args.allow_missing_audio)
     icbhi = load("icbhi", args.icbhi_dir, args.allow_missing_audio)["all"] if args.icbhi_dir else None
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     results = evaluate({name: SCORES[name] for name in args.score}, splits, icbhi, args.output_dir)
     text = json.dumps(results, indent=2, allow_nan=False)
     (args.output_dir / "quality.json").write_text(text + "\n", encoding="utf-8")
