@@ -108,7 +108,7 @@ def falls_with_noise(fitted: Sequence[Fitted], recordings: Recordings) -> dict[s
     return results
 
 
-def is_alone(fitted: Sequence[Fitted]) -> dict[str, Any]:
+def refuses_noise_alone(fitted: Sequence[Fitted]) -> dict[str, Any]:
     """Score noise without any recording, by what was fitted on all children: nothing of it is usable.
 
     Returns:
@@ -413,7 +413,7 @@ def evaluate(
         plot_recordings(*_extremes(one, train), folder / f"quality_recordings_{one.name}.png", one.name)
     experiments: dict[str, Callable[[], dict[str, Any]]] = {
         "noise": lambda: falls_with_noise(fitted, train),
-        "alone": lambda: is_alone(fitted),
+        "alone": lambda: refuses_noise_alone(fitted),
         "simulated": lambda: follows_simulated_noise(fitted),
         "invariance": lambda: stays(fitted, train),
         "findings": lambda: ignores_findings(fitted, train),

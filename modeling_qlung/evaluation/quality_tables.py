@@ -161,17 +161,7 @@ def _devices(results: Results) -> list[str]:
             for device, d in found["devices"].items():
                 range_ = " – ".join(_number(d[key], ".2f") for key in ("p5", "median", "p95"))
                 mean = format_mean_sd(d["mean"], d["sd"])
-                rows.append(
-                    [
-                        f"`{name}`, {unit}",
-                        device,
-                        str(d["n"]),
-                        str(d["patients"]),
-                        mean,
-                        range_,
-                        _percent(d["below_half"]),
-                        *shared,
-                    ]
-                )
+                counts, below = [str(d["n"]), str(d["patients"])], _percent(d["below_half"])
+                rows.append([f"`{name}`, {unit}", device, *counts, mean, range_, below, *shared])
                 shared = ["", ""]
     return _table(head, rows)
