@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..quality_qlung import NORMALIZATIONS, entropy_and_rms, fit_statistics, quality_levels, quality_score
-from ..training.quality import FOLDS, draw_folds, fit_learned
+from ..training.quality import draw_folds, fit_learned
 from .quality_measures import best_threshold
 from .quality_recordings import Recordings
 
@@ -81,7 +81,7 @@ class Fitted:
         self._functions: list[Predict] = []  # of the first seed's folds
         for seed, (quality, folds) in enumerate(zip(self.out_of_fold, self.folds, strict=True)):
             folds[:] = draw_folds(usable, patients, seed)
-            for number in range(FOLDS):
+            for number in np.unique(folds).tolist():
                 function = fit(np.flatnonzero(folds != number), folds)
                 unseen = np.flatnonzero(folds == number)
                 quality[unseen] = function(_at(measured, unseen))

@@ -756,7 +756,7 @@ def test_command_on_real_recordings(tmp_path, monkeypatch, capsys, real_sprsound
     link_sprsound(real_sprsound, tmp_path, [name for own in children for name in own], one + other)
     monkeypatch.setattr(quality, "GOOD_RECORDINGS", 2)
     monkeypatch.setattr(quality, "POOR_RECORDINGS", 2)
-    monkeypatch.setattr("modeling_qlung.evaluation.quality_scores.FOLDS", 3)
+    monkeypatch.setattr("modeling_qlung.training.quality.FOLDS", 3)
     load_any, fewer = hf_datasets.load, {"simulated": {"recordings_per_patient": 2}}
     monkeypatch.setattr(hf_datasets, "load", lambda name, *a, **b: load_any(name, *a, **b, **fewer.get(name, {})))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -765,7 +765,8 @@ def test_command_on_real_recordings(tmp_path, monkeypatch, capsys, real_sprsound
     quality.main([*arguments, "--score", "entropy_rms_raw", "learned"])
     printed = capsys.readouterr().out
     results = json.loads((folder / "quality.json").read_text())
-    assert results.keys() == {"label", "label_test_inter", "noise", "simulated", "invariance", "findings", "removal"}
+    experiments = ["noise", "alone", "simulated", "invariance", "findings", "removal", "reasons"]
+    assert list(results) == ["label", "label_test_inter", *experiments]
     assert results["label"]["entropy_rms_raw"]["patients"] == 8
     assert results["label_test_inter"]["learned"]["patients"] == 2
     assert results["invariance"]["entropy_rms_raw"]["through 8 kHz"]["mean"] < 1e-3  # the rate that they had
