@@ -123,7 +123,8 @@ def test_the_microphone_is_recorded_and_analyzed(page, tmp_path):
     page.get_by_label("Record audio").first.click()
     page.locator("button.record-button, button.record").first.click()
     page.locator("time.duration", has_text="0:03").wait_for()  # a busy machine starts late
-    page.locator("button.stop-button, button.stop-button-paused").first.click()
+    with page.expect_event("requestfinished", lambda request: "/upload" in request.url):
+        page.locator("button.stop-button, button.stop-button-paused").first.click()
     page.get_by_label("Clear").first.wait_for()
     analyze(page)
     content = json.loads(download(page, "Everything as JSON", tmp_path).read_text())
