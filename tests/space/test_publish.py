@@ -14,8 +14,10 @@ import soundfile
 import torch
 from huggingface_hub import SpaceCard
 
+import modeling_qlung
 from hf_datasets.hub import Repository
 from modeling_qlung import QLungForAudioClassification
+from modeling_qlung.quality_parameters_qlung import QUALITY_PARAMETERS
 from tests.hub_stand_in import TOKEN, HubStandIn
 from tests.test_published_files import open_elsewhere
 
@@ -104,3 +106,12 @@ def test_the_model_fits_and_opens_elsewhere(tmp_path):
     assert {value.dtype for value in QLungForAudioClassification.from_pretrained(MODEL).state_dict().values()} == {
         torch.float32
     }
+
+
+def test_the_model_in_the_box_carries_the_packages_own_code():
+    package = Path(modeling_qlung.__file__).parent
+    carried = sorted(path.name for path in (SPACE / "model").glob("*.py"))
+    assert "quality_parameters_qlung.py" in carried
+    assert [name for name in carried if (SPACE / "model" / name).read_bytes() != (package / name).read_bytes()] == []
+    extractor = modeling_qlung.QLungFeatureExtractor.from_pretrained(SPACE / "model")
+    assert extractor.quality_parameters == QUALITY_PARAMETERS
