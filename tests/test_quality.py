@@ -227,7 +227,7 @@ def count(values) -> int:
 
 
 def test_its_parameters_are_few():
-    assert count(QUALITY_PARAMETERS) <= 12_000
+    assert count(QUALITY_PARAMETERS) <= 6_000
 
 
 @pytest.mark.parametrize("quality_score", ["entropy_rms", "learned"])
@@ -307,7 +307,7 @@ def test_the_shipped_score_falls_as_noise_is_added(kind, good_recordings):
     assert (np.diff(mean) < 0).all(), mean
 
 
-@pytest.mark.parametrize("kind", sorted((NOISES | UNSEEN_NOISES).keys() - {"crying"}))  # which it may take for breath
+@pytest.mark.parametrize("kind", NOISES | UNSEEN_NOISES)
 def test_noise_alone_is_not_usable(kind):
     extractor = QLungFeatureExtractor(quality_score="learned")
     draws = [synthesize(kind, 160000, np.random.default_rng(seed)).astype(np.float32) for seed in range(8)]

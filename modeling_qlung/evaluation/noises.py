@@ -9,15 +9,16 @@ No corpus is needed, and what comes out depends on the random generator alone:
 - `knocks`: two blows per second on the chest piece, damped resonances of 60 to 500 Hz with a click;
 - `rumble`: friction of the chest piece, bursts of noise of 15 to 120 Hz;
 - `hum`: 50 Hz mains and nine harmonics;
+- `crying`: one child's voice, its pitch at 350 to 550 Hz, in cries of a second;
 - `clipping`: the loudest samples flattened;
 - `dropouts`: packets of 40 ms lost.
 
-To these eight the learned quality score is fitted. Four more are only there to measure it, `UNSEEN`:
+To these nine the learned quality score is fitted. Four more are only there to measure it, `UNSEEN`:
 
 - `60 Hz hum`: the mains of other countries;
-- `crying`: one child's voice, its pitch at 350 to 550 Hz, in cries of a second;
 - `alarm`: a monitor's beeps, in threes, at 400 to 1,000 Hz;
-- `cloth`: rustling, short scrapes of 300 to 3,000 Hz.
+- `cloth`: rustling, short scrapes of 300 to 3,000 Hz;
+- `music`: a toy's tune, plucked notes of a scale, from 260 to 1,050 Hz.
 
 Noise is made at 8 kHz, SPRSound's rate, and resampled as its recordings are, and so is what clipping and dropouts do:
 else anything above 4 kHz would give it away. The ratio is that of powers over the whole recording, which has noise of
@@ -229,6 +230,22 @@ def _cloth(rng: Generator, length: int) -> NDArray:
     return bursts * shape(rng.standard_normal(length), _DEVICE_RATE, 300.0, 3000.0, 0.0)
 
 
+def _music(rng: Generator, length: int) -> NDArray:
+    noise = np.zeros(length)
+    beat = rng.uniform(0.2, 0.4)  # seconds
+    scale = 261.6 * 2 ** (np.array([0, 2, 4, 5, 7, 9, 11, 12, 14, 16, 17, 19, 21, 23, 24]) / 12)  # Hz, two octaves
+    start, note = -int(rng.integers(_DEVICE_RATE)), int(rng.integers(len(scale)))
+    while start < length:
+        times = np.arange(round(1.5 * _DEVICE_RATE)) / _DEVICE_RATE
+        tone = sum(np.sin(2 * np.pi * k * scale[note] * times) * np.exp(-4 * k * times) / k for k in (1, 2, 3))
+        seen = slice(max(0, -start), max(0, length - start))
+        part = (tone * np.minimum(times / 0.005, 1))[seen]
+        noise[max(0, start) : max(0, start) + len(part)] += part
+        start += round(rng.choice([1, 1, 2]) * beat * _DEVICE_RATE)
+        note = int(np.clip(note + rng.integers(-3, 4), 0, len(scale) - 1))
+    return noise
+
+
 def _drifting(rng: Generator, length: int, seconds: float, draw: Callable[[int], NDArray]) -> NDArray:
     """Random values `seconds` apart, joined by lines; they start at a random place between two."""
     step = seconds * _DEVICE_RATE
@@ -243,12 +260,13 @@ NOISES: dict[str, Noise] = {
     "knocks": _knocks,
     "rumble": _rumble,
     "hum": _hum,
+    "crying": _crying,
 }
 UNSEEN_NOISES: dict[str, Noise] = {
     "60 Hz hum": partial(_hum, hertz=60),
-    "crying": _crying,
     "alarm": _alarm,
     "cloth": _cloth,
+    "music": _music,
 }
 SNR_DB = (30.0, 25.0, 20.0, 15.0, 10.0, 5.0, 0.0, -5.0)
 _LOST_PERCENT = (0.3, 1.0, 3.0, 10.0, 20.0, 30.0, 40.0, 50.0)

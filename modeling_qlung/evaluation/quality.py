@@ -6,7 +6,7 @@ Clinicians called 177 of SPRSound's 1,949 training recordings "Poor Quality" (Zh
 learns is learned anew in every fold, from recordings of other children, and no recording, nor any noisy copy of it, is
 ever scored by a function that was fitted on its child. Other datasets are scored by one fitted on all children. The
 learned score is fitted to follow noise and simulated recordings, on other children, draws and devices; four of the
-twelve kinds of noise are not among those that it is fitted to.
+thirteen kinds of noise are not among those that it is fitted to.
 """
 
 import argparse

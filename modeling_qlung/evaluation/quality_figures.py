@@ -73,9 +73,10 @@ def plot_monotonicity(results: Mapping[str, Any], path: Path) -> None:
     """
     colours = _colours(list(results), path, _CATEGORIES[1:])
     kinds = next(iter(results.values()))
-    rows = -(-len(kinds) // 4)
-    figure = Figure(figsize=(11, 2.7 * rows + 0.4), layout=_layout())
-    panels = figure.subplots(rows, 4, squeeze=False, sharey=True).ravel()
+    columns = 5
+    rows = -(-len(kinds) // columns)
+    figure = Figure(figsize=(13.2, 2.7 * rows + 0.4), layout=_layout())
+    panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for axes, (kind, found) in zip(panels, kinds.items(), strict=False):
         for name, of_score in results.items():
             axes.plot(of_score[kind]["mean"], color=colours[name], linewidth=1.8, marker="o", markersize=3, label=name)

@@ -3,10 +3,10 @@
     python -m modeling_qlung.training.quality --data_dir SPRSOUND
 
 The labels are SPRSound's "Poor Quality" of whole recordings (Zhang et al. 2022). The network sees parts of each of two
-to ten seconds, often the beginning, sometimes of a copy with a little noise, under the recording's own label, or of one
-with much, as unusable. No poor recording has an event, so that wheezes would be rare in short parts: some batches hold
-events of the usable recordings, as many wheezes and crackles as normal ones, and as short parts of the poor ones. It
-needs no copies of other gains, filters or rates: what it reads does not depend on these.
+to ten seconds, often the beginning, sometimes of a copy with a little noise, under the recording's own label, or, as
+unusable, of one with much, or of noise alone. No poor recording has an event, so that wheezes would be rare in short
+parts: some batches hold events of the usable recordings, as many wheezes and crackles as normal ones, and as short
+parts of the poor ones. It needs no copies of other gains, filters or rates: what it reads does not depend on these.
 
 No label says that more noise is worse: that is asked for beside, of copies of one recording with more and less of the
 same noise, and of simulated recordings, whose signal-to-noise ratio is known. These are silent between breaths, and a
@@ -41,7 +41,7 @@ from hf_datasets import simulated
 from hf_datasets.labels import EVENT_TYPES
 
 from .. import quality_parameters_qlung
-from ..evaluation.noises import DEGRADATIONS, RATE, degrade
+from ..evaluation.noises import DEGRADATIONS, NOISES, RATE, degrade, synthesize
 from ..evaluation.quality_measures import discrimination
 from ..evaluation.quality_recordings import Recordings, load
 from ..inference import resample
@@ -66,10 +66,11 @@ EVENT_KINDS = {
 }
 KINDS_EACH = 2  # of noise, drawn for each recording
 LITTLE_SHARE, MUCH_SHARE = 0.1, 0.03  # of parts are of copies with little and with much noise
+ALONE_SHARE, ALONE_DRAWS = 0.02, 20  # of parts are noise without a recording, and draws of each kind
 MILDEST, SEVEREST = 2, 2  # of the levels of noise are little and much
-QUIETER_SHARE, QUIETER_FRAMES, QUIETER_DB = 0.15, (6, 94), (10.0, 60.0)  # of parts, how long, and by how much
+QUIETER_SHARE, QUIETER_FRAMES, QUIETER_DB = 0.3, (6, 94), (10.0, 60.0)  # of parts, how long, and by how much
 SILENT_SHARE = 0.3  # of what is made quieter
-CHANNELS, KERNEL, LAYERS = 24, 5, 4
+CHANNELS, KERNEL, LAYERS = 16, 5, 4
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 60, 48, 4e-3
 
 RANKED_SHARE = 0.5  # of steps compare copies with more and less noise
@@ -79,6 +80,7 @@ STEP = 0.2  # that each further level of noise is to lower the logit by, at leas
 SIMULATED = 60  # recordings
 SIMULATED_SEED = 2**31  # of their own: `hf_datasets` counts from 0
 SIMULATED_SNR_DB = range(30, 0, -4)
+ALONE_SEED = 2**31  # others than those that `evaluation.quality` draws
 
 
 class QualityNetwork(nn.Module):
@@ -182,6 +184,18 @@ def simulated_powers(number: int = SIMULATED) -> list[Tensor]:
     return found
 
 
+@functools.cache
+def noise_powers(draws: int = ALONE_DRAWS) -> list[Tensor]:
+    """Synthesise each kind of `NOISES`, as long as the longest part: power in bands, (24, frames) of each draw."""
+    samples = round(LONGEST * LEVEL_FRAME_S * RATE)
+    found = []
+    for number, kind in enumerate(NOISES):
+        for draw in range(draws):
+            noise = synthesize(kind, samples, np.random.default_rng((ALONE_SEED, number, draw)))
+            found.append(band_powers(0.05 * noise.astype(np.float32), RATE))  # of any level: they are read relative
+    return found
+
+
 _remembered: dict[bytes, Example] = {}  # by the recording's digest: folds share recordings
 
 
@@ -282,8 +296,11 @@ class Batches:
         return powers
 
     def _copy(self, example: Example) -> tuple[Tensor, float]:
-        """The powers of the recording, sometimes with noise, and whether it is usable."""
+        """The powers of the recording, sometimes with noise or of noise alone, and whether it is usable."""
         draw = self.rng.random()
+        if draw >= 1 - ALONE_SHARE:
+            noises = noise_powers()
+            return noises[self.rng.integers(len(noises))], 0.0
         if draw >= LITTLE_SHARE + MUCH_SHARE:
             return example.powers, float(example.usable)
         of_kind = example.noisy[self.rng.integers(KINDS_EACH)]

@@ -359,17 +359,23 @@ def test_kinds_of_noise_are_what_they_are_called():
     assert share("crying", 250, 4000) > 0.98
     assert share("alarm", 390, 1010) > 0.9
     assert share("cloth", 250, 3500) > 0.95
+    hertz, power = spectra["music"]
+    peak = hertz[np.argmax(power)]
+    assert min(abs(peak - 261.63 * 2 ** (step / 12)) for step in range(25)) < 3  # a note of the scale
+    assert share("music", 250, 3200) > 0.95
 
 
 def test_cries_and_beeps_come_and_go():
     levels = {
         kind: np.abs(synthesize(kind, 60 * RATE, np.random.default_rng(9))).reshape(-1, 160).mean(axis=1)  # each 10 ms
-        for kind in ("crying", "alarm")
+        for kind in ("crying", "alarm", "music")
     }
     sounding = {kind: level > 0.1 * level.max() for kind, level in levels.items()}
     starts = {kind: np.flatnonzero(np.diff(on.astype(int)) > 0) / 100 for kind, on in sounding.items()}
     assert 0.5 < sounding["crying"].mean() < 0.8
     assert 28 <= len(starts["crying"]) <= 66  # one each 0.9 to 2.2 s
+    plucked = np.diff(levels["music"]) > 0.2 * levels["music"].max()
+    assert 75 < plucked.sum() < 300  # one each 0.2 to 0.8 s
     gaps = np.diff(starts["alarm"])
     assert np.allclose(gaps[np.abs(gaps - 0.25) > 0.02], 1.5, atol=0.02)  # from the last of three to the next
     assert np.mean(np.abs(gaps - 0.25) < 0.02) == pytest.approx(2 / 3, abs=0.02)

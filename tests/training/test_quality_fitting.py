@@ -11,6 +11,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from modeling_qlung.evaluation.noises import NOISES
 from modeling_qlung.evaluation.quality_recordings import POOR, Recordings
 from modeling_qlung.quality_qlung import (
     LEVEL_BANDS,
@@ -22,6 +23,7 @@ from modeling_qlung.quality_qlung import (
 )
 from modeling_qlung.training import quality
 from modeling_qlung.training.quality import (
+    ALONE_DRAWS,
     ASIDE,
     CHANNELS,
     COPIES,
@@ -44,6 +46,7 @@ from modeling_qlung.training.quality import (
     make_example,
     make_examples,
     noise_loss,
+    noise_powers,
     print_ceiling,
     simulated_powers,
     train,
@@ -157,6 +160,7 @@ def as_recorded(monkeypatch: pytest.MonkeyPatch, event_share: float) -> None:
     monkeypatch.setattr(quality, "EVENT_SHARE", event_share)
     monkeypatch.setattr(quality, "LITTLE_SHARE", 0.0)
     monkeypatch.setattr(quality, "MUCH_SHARE", 0.0)
+    monkeypatch.setattr(quality, "ALONE_SHARE", 0.0)
     monkeypatch.setattr(quality, "QUIETER_SHARE", 0.0)
     monkeypatch.setattr(quality, "relative_levels", lambda powers: powers)
 
@@ -192,6 +196,21 @@ def test_little_noise_keeps_the_label_and_much_noise_is_unusable(monkeypatch: py
             assert targets.tolist() == [target, 0]
             seen.add(round(float(drawn[0, 0, 0] % 1) * 1000))
         assert seen == levels
+
+
+def test_noise_alone_is_unusable_in_place_of_any_recording(monkeypatch: pytest.MonkeyPatch):
+    as_recorded(monkeypatch, event_share=0.0)
+    monkeypatch.setattr(quality, "ALONE_SHARE", 0.3)
+    powers = noise_powers()
+    assert len(powers) == ALONE_DRAWS * len(NOISES)
+    assert len({float(one.sum()) for one in powers}) == len(powers)  # all draws differ
+    draw, alone = Batches([counting(1, 400, True), counting(2, 400, False)], np.random.default_rng(0)), 0
+    for _ in range(200):
+        levels, targets = draw(np.arange(2))
+        of_noise = levels[:, 0, 0] != levels[:, 1, 0]  # as they are not in what counts
+        assert targets.tolist() == [float(not of_noise[0]), 0]
+        alone += int(of_noise.sum())
+    assert 90 < alone < 150
 
 
 def test_stretches_are_made_quieter_whatever_the_label(monkeypatch: pytest.MonkeyPatch):
@@ -317,7 +336,7 @@ def test_the_ceiling_is_of_children_not_fitted_on_and_of_those_put_aside(monkeyp
     monkeypatch.setattr(quality, "train", remembering)
     monkeypatch.setattr(quality, "relative_levels", lambda powers: powers)
     rows = list(ceiling(examples, patients))
-    assert [numbers for _, numbers, _ in rows] == [1969, 5857, 11665, 19393, *[11665] * 4]
+    assert [numbers for _, numbers, _ in rows] == [1969, 5857, 11665, 19393, *[5857] * 4]
     assert all(np.nanmax(logits) == 0 for *_, logits in rows)  # nobody scored was known
     scored = [set(patients[~np.isnan(logits)].tolist()) for *_, logits in rows]
     assert all(children == scored[0] for children in scored[:-1])
@@ -326,7 +345,7 @@ def test_the_ceiling_is_of_children_not_fitted_on_and_of_those_put_aside(monkeyp
     assert not scored[0] & scored[-1]
     assert all(not known & scored[-1] for _, known in remembering.fitted)
     assert [len(known) for _, known in remembering.fitted[::5]] == [16, 16, 16, 16, 4, 8, 12, 20]
-    assert [channels for channels, _ in remembering.fitted[::5]] == [8, 16, 24, 32, 24, 24, 24, 24]
+    assert [channels for channels, _ in remembering.fitted[::5]] == [8, 16, 24, 32, 16, 16, 16, 16]
 
 
 def test_the_ceiling_is_printed_as_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
