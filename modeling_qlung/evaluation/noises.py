@@ -173,9 +173,7 @@ def _babble(rng: Generator, length: int) -> NDArray:
         start = -int(rng.integers(1000))
         while start < length:
             syllable = _syllable(rng, pitch)
-            seen = slice(max(0, -start), max(0, length - start))
-            part = syllable[seen]
-            noise[max(0, start) : max(0, start) + len(part)] += part
+            _add_at(start, syllable, noise)
             pause = rng.uniform(0.2, 0.8) if rng.random() < 0.15 else rng.uniform(0, 0.05)
             start += len(syllable) + round(pause * _DEVICE_RATE)
     return noise
@@ -209,9 +207,7 @@ def _crying(rng: Generator, length: int) -> NDArray:
         turns = 2 * np.pi * np.cumsum(rising) / _DEVICE_RATE
         heights = rng.uniform(0.3, 1.0, 6) / np.arange(1, 7)  # harmonics, below 4 kHz
         voice = heights @ np.sin(np.arange(1, 7)[:, None] * turns)
-        seen = slice(max(0, -start), max(0, length - start))
-        part = (voice * np.sin(np.pi * phase) ** 0.5)[seen]
-        noise[max(0, start) : max(0, start) + len(part)] += part
+        _add_at(start, voice * np.sin(np.pi * phase) ** 0.5, noise)
         start += cry + round(rng.uniform(0.3, 0.8) * _DEVICE_RATE)  # breathes in
     return noise
 
@@ -234,16 +230,20 @@ def _music(rng: Generator, length: int) -> NDArray:
     noise = np.zeros(length)
     beat = rng.uniform(0.2, 0.4)  # seconds
     scale = 261.6 * 2 ** (np.array([0, 2, 4, 5, 7, 9, 11, 12, 14, 16, 17, 19, 21, 23, 24]) / 12)  # Hz, two octaves
+    times = np.arange(round(1.5 * _DEVICE_RATE)) / _DEVICE_RATE
     start, note = -int(rng.integers(_DEVICE_RATE)), int(rng.integers(len(scale)))
     while start < length:
-        times = np.arange(round(1.5 * _DEVICE_RATE)) / _DEVICE_RATE
         tone = sum(np.sin(2 * np.pi * k * scale[note] * times) * np.exp(-4 * k * times) / k for k in (1, 2, 3))
-        seen = slice(max(0, -start), max(0, length - start))
-        part = (tone * np.minimum(times / 0.005, 1))[seen]
-        noise[max(0, start) : max(0, start) + len(part)] += part
+        _add_at(start, tone * np.minimum(times / 0.005, 1), noise)
         start += round(rng.choice([1, 1, 2]) * beat * _DEVICE_RATE)
         note = int(np.clip(note + rng.integers(-3, 4), 0, len(scale) - 1))
     return noise
+
+
+def _add_at(start: int, sound: NDArray, noise: NDArray) -> None:
+    """Add to noise (n,) what of a sound (m,) lies within it; it starts at a sample that may be before the first."""
+    part = sound[max(0, -start) : max(0, len(noise) - start)]
+    noise[max(0, start) : max(0, start) + len(part)] += part
 
 
 def _drifting(rng: Generator, length: int, seconds: float, draw: Callable[[int], NDArray]) -> NDArray:

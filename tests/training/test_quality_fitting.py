@@ -198,16 +198,20 @@ def test_little_noise_keeps_the_label_and_much_noise_is_unusable(monkeypatch: py
         assert seen == levels
 
 
-def test_noise_alone_is_unusable_in_place_of_any_recording(monkeypatch: pytest.MonkeyPatch):
-    as_recorded(monkeypatch, event_share=0.0)
-    monkeypatch.setattr(quality, "ALONE_SHARE", 0.3)
+@pytest.mark.parametrize("event_share", [0.0, 1.0])
+def test_noise_alone_is_unusable_in_place_of_any_recording(event_share: float, monkeypatch: pytest.MonkeyPatch):
+    as_recorded(monkeypatch, event_share)
     powers = noise_powers()
     assert len(powers) == ALONE_DRAWS * len(NOISES)
+    assert all(one.shape == (LEVEL_BANDS, LONGEST - 1) for one in powers)
     assert len({float(one.sum()) for one in powers}) == len(powers)  # all draws differ
-    draw, alone = Batches([counting(1, 400, True), counting(2, 400, False)], np.random.default_rng(0)), 0
+    monkeypatch.setattr(quality, "ALONE_SHARE", 0.3)
+    monkeypatch.setattr(quality, "noise_powers", lambda: [torch.zeros(LEVEL_BANDS, LONGEST - 1)])
+    examples = [counting(1, 400, True, [Event("Normal", 380, 400)]), counting(2, 400, False)]
+    draw, alone = Batches(examples, np.random.default_rng(0)), 0
     for _ in range(200):
         levels, targets = draw(np.arange(2))
-        of_noise = levels[:, 0, 0] != levels[:, 1, 0]  # as they are not in what counts
+        of_noise = (levels == 0).all(dim=(1, 2))
         assert targets.tolist() == [float(not of_noise[0]), 0]
         alone += int(of_noise.sum())
     assert 90 < alone < 150
