@@ -68,7 +68,7 @@ KINDS_EACH = 2  # of noise, drawn for each recording
 LITTLE_SHARE, MUCH_SHARE = 0.1, 0.03  # of parts are of copies with little and with much noise
 ALONE_SHARE, ALONE_DRAWS = 0.02, 20  # of parts are noise without a recording, and draws of each kind
 MILDEST, SEVEREST = 2, 2  # of the levels of noise are little and much
-# Of parts, how long, and by how much: with half of them, pauses make a fifth of the poorest recordings good.
+# Of parts, how long, and by how much. With half as many, pauses lift a fifth of the refused poor recordings over 0.5.
 QUIETER_SHARE, QUIETER_FRAMES, QUIETER_DB = 0.3, (6, 94), (10.0, 60.0)
 SILENT_SHARE = 0.3  # of what is made quieter
 CHANNELS, KERNEL, LAYERS = 16, 5, 4
