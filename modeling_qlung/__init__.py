@@ -14,7 +14,7 @@ if importlib.util.find_spec("torchaudio") is not None:
     except (ImportError, OSError, RuntimeError) as error:
         raise ImportError(
             f"torchaudio {version('torchaudio')} does not load beside torch {version('torch')}: install the pair with "
-            "pip install 'torch==2.11.*' 'torchaudio==2.11.*', or pip uninstall torchaudio, which only training needs."
+            "pip install 'torch==2.11.0' 'torchaudio==2.11.0', or pip uninstall torchaudio, which only training needs."
         ) from error
 
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification
