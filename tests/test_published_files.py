@@ -96,7 +96,7 @@ def test_a_broken_torchaudio_is_named(tmp_path):
     )
     assert done.returncode == 1
     assert "does not load beside torch" in done.stderr.splitlines()[-1]
-    assert "pip install 'torch==2.11.*' 'torchaudio==2.11.*'" in done.stderr.splitlines()[-1]
+    assert "pip install 'torch==2.11.0' 'torchaudio==2.11.0'" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
