@@ -351,15 +351,27 @@ def test_good_recordings_have_few_reasons(good_recordings):
     assert max(said.count(reason) for reason in REASON_THRESHOLDS) <= 0.05 * len(good_recordings)
 
 
-@pytest.mark.parametrize(("reason", "kind"), OWN_NOISE.items())
-def test_each_reason_tells_its_own_noise(reason, kind, good_recordings):
-    told = [reason in quality_reasons(degrade(waveform, kind, 7)[-2]) for waveform in good_recordings[:8]]
+@pytest.mark.parametrize(("reason", "kind", "level"), [(reason, *own) for reason, own in OWN_NOISE.items()])
+def test_each_reason_tells_its_own_noise(reason, kind, level, good_recordings):
+    told = [reason in quality_reasons(degrade(waveform, kind, 7)[level + 2]) for waveform in good_recordings[:8]]
     assert sum(told) >= 6
+
+
+@pytest.mark.parametrize("rate", [4000, 8000, 44100])
+@pytest.mark.parametrize("percent", [1, 3, 10, 20, 50])
+def test_clipping_is_told_whatever_the_rate_and_however_much(rate, percent):
+    for seed in range(4):
+        recorded = resample(breath(8.0, seed=seed), 16000, rate)
+        limit = np.quantile(np.abs(recorded), 1 - percent / 100)
+        clipped = resample(np.clip(recorded, -limit, limit).astype(np.float32), rate, 16000)
+        assert "clipped" in quality_reasons(clipped)
+        assert "clipped" not in quality_reasons(resample(recorded, rate, 16000))
 
 
 def test_a_weak_recording_is_too_quiet_and_silence_nothing_else():
     assert "too quiet" in quality_reasons(1e-3 * breath(3.0))
-    assert quality_reasons(np.zeros(16000)) == ["too quiet"]
+    for constant in (0, 0.3, -1):
+        assert quality_reasons(np.full(16000, constant, np.float32)) == ["too quiet"]
 
 
 def test_breath_without_a_rhythm_is_no_breathing():

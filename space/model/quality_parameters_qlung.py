@@ -5,7 +5,7 @@ from typing import Any
 
 REASON_THRESHOLDS: dict[str, float] = {
     "too quiet": 63.7,
-    "clipped": 1.03,
+    "clipped": 0.0264,
     "dropouts": 0.0642,
     "mains hum": 7.26,
     "low-frequency rumble": -1.74,

@@ -299,7 +299,8 @@ def reason_measurements(waveform: torch.Tensor | np.ndarray, sampling_rate: int 
 
     Returns:
         - `too quiet`: RMS amplitude below full scale, in dB;
-        - `clipped`: samples above 0.7 of the largest amplitude (but for one in 10,000) for each from 0.35 to 0.7;
+        - `clipped`: share of blocks of 32 ms that are as loud as any and flat: a tenth of the block lies above 0.8 of
+          its largest amplitude, and above 0.8 of what a tenth of any block lies above;
         - `dropouts`: share of blocks of 16 ms whose variance lies 40 dB below the median one;
         - `mains hum`: height of the harmonics of 50 or of 60 Hz, in dB;
         - `low-frequency rumble`: energy from 20 to 100 Hz over that from 130 to 800 Hz, where breath is, in dB;
@@ -316,13 +317,14 @@ def reason_measurements(waveform: torch.Tensor | np.ndarray, sampling_rate: int 
     """
     waveform = _validated(waveform, sampling_rate)
     waveform = waveform.repeat(math.ceil(SHORTEST_S * sampling_rate / waveform.numel()))
+    waveform = waveform - waveform.mean()
     rms = waveform.square().mean().sqrt()
-    waveform = (waveform - waveform.mean()) / rms.clamp_min(1e-12)
+    waveform = waveform / rms.clamp_min(1e-12)
     block = round(REASON_FRAME_S * sampling_rate)
     blocks = _decibels(waveform[: waveform.numel() // block * block].view(-1, block).var(dim=1))
-    amplitude = waveform.abs()
-    top = amplitude.topk(1 + amplitude.numel() // 10000).values[-1]
-    above_low, above_top = (int((amplitude > share * top).sum()) for share in (0.35, 0.7))
+    tenth = waveform[: waveform.numel() // (2 * block) * 2 * block].view(-1, 2 * block).abs().topk(block // 5).values
+    largest, level = tenth[:, 0], tenth[:, -1]
+    flat = (level > 0.8 * level.max()) & (level > 0.8 * largest)
 
     length = 4 * block
     window = _hann_window(length, waveform.device)
@@ -335,7 +337,7 @@ def reason_measurements(waveform: torch.Tensor | np.ndarray, sampling_rate: int 
     slow = torch.nn.functional.avg_pool1d(breath[None], 31, 4)[0]
     return {
         "too quiet": -20 * math.log10(max(float(rms), 1e-12)),
-        "clipped": above_top / max(above_low - above_top, 1),
+        "clipped": float(flat.float().mean()),
         "dropouts": float((blocks < blocks.median() - 40).float().mean()),
         "mains hum": max(_lines(waveform, sampling_rate, mains_hz) for mains_hz in (50, 60)),
         "low-frequency rumble": float(_decibels(band(20, 100).sum()) - _decibels(band(130, 800).sum())),
@@ -361,6 +363,6 @@ def quality_reasons(waveform: torch.Tensor | np.ndarray, sampling_rate: int = 16
         ValueError: if the waveform is empty, not finite, or its rate does not hold the band.
     """
     measured = reason_measurements(waveform, sampling_rate)
-    if measured["too quiet"] > 200:  # silence
+    if measured["too quiet"] > 120:  # silence, but for rounding
         return ["too quiet"]
     return [name for name, value in measured.items() if value > REASON_THRESHOLDS[name]]
