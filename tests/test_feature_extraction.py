@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -139,11 +140,33 @@ def test_a_batch_computed_at_once_equals_one_at_a_time():
         ([noise(10), np.zeros((100, 2), np.float32)], 16000, r"Waveform 1 has shape \(100, 2\)"),
         (np.zeros(100, np.int16), 16000, "int16.*float"),
         ("cycle.wav", 16000, r"Waveform 0 is 'cycle\.wav': read the file first"),
+        (None, 16000, "Waveform 0 is None: read the file first"),
+        (0.5, 16000, r"Waveform 0 has shape \(\)"),
+        ([0.1, None], 16000, "Waveform 0 holds object: give its samples as numbers"),
     ],
 )
 def test_wrong_input_is_named(waveform, rate, message):
     with pytest.raises(ValueError, match=message):
         QLungFeatureExtractor()(waveform, sampling_rate=rate)
+
+
+@pytest.mark.parametrize("score", ["entropy_rms", "learned"])
+def test_quality_and_its_reasons_refuse_integers_too(score):
+    extractor = QLungFeatureExtractor(quality_score=score)
+    for measure in (extractor.quality, extractor.quality_reasons):
+        with pytest.raises(ValueError, match=r"int16.*float"):
+            measure(np.zeros(100, np.int16))
+
+
+def test_samples_may_lie_in_memory_as_they_like():
+    samples = noise(16000)
+    read_only = samples.copy()
+    read_only.flags.writeable = False
+    expected = QLungFeatureExtractor()(samples, sampling_rate=16000)["input_values"][0]
+    with warnings.catch_warnings(action="error"):
+        for same in (samples[::-1].copy()[::-1], samples.astype(">f4"), read_only, samples.astype(np.float64)):
+            given = QLungFeatureExtractor()(same, sampling_rate=16000)["input_values"][0]
+            np.testing.assert_array_equal(given, expected)
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,7 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
 
     def quality(self, waveform: torch.Tensor | np.ndarray) -> float:
         """Give the quality score in [0, 1] of one waveform as recorded, shape (samples,), at `self.sampling_rate`."""
+        waveform = self._validated(waveform)
         if self.quality_score == "learned":
             levels = quality_levels(waveform, self.sampling_rate)
             parameters = self.quality_parameters
@@ -251,12 +252,17 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
 
     def quality_reasons(self, waveform: torch.Tensor | np.ndarray) -> list[str]:
         """Say what may be wrong with one waveform as recorded, shape (samples,): "clipped", "mains hum", ..."""
-        return quality_reasons(waveform, self.sampling_rate)
+        return quality_reasons(self._validated(waveform), self.sampling_rate)
 
-    def _validated(self, waveform, index: int) -> torch.Tensor:
+    def _validated(self, waveform, index: int = 0) -> torch.Tensor:
         if isinstance(waveform, (str, bytes)) or waveform is None:
             raise ValueError(f"Waveform {index} is {waveform!r:.60}: read the file first, and give its samples.")
-        waveform = torch.as_tensor(np.asarray(waveform) if isinstance(waveform, (list, tuple)) else waveform)
+        if not torch.is_tensor(waveform):
+            waveform = np.asarray(waveform)
+            if waveform.dtype.kind not in "biuf":
+                raise ValueError(f"Waveform {index} holds {waveform.dtype}: give its samples as numbers.")
+            # Backwards, read-only or in another byte order, torch does not take it.
+            waveform = torch.from_numpy(np.require(waveform, waveform.dtype.newbyteorder("="), ["C", "W"]))
         if waveform.ndim != 1:
             raise ValueError(
                 f"Waveform {index} has shape {tuple(waveform.shape)}: give mono waveforms of shape (samples,), a batch "
@@ -341,7 +347,7 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
 
 def _as_batch(raw_speech) -> list:
     """Make a list of waveforms from one waveform or a list of them."""
-    if isinstance(raw_speech, (np.ndarray, torch.Tensor, str, bytes)):
+    if isinstance(raw_speech, (np.ndarray, torch.Tensor)) or np.isscalar(raw_speech) or raw_speech is None:
         return [raw_speech]
     if len(raw_speech) == 0:
         raise ValueError("The waveform is empty: it must hold at least one sample.")
