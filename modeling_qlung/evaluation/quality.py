@@ -25,6 +25,7 @@ from hf_datasets.labels import EVENT_TYPES
 from ..inference import resample
 from ..quality_parameters_qlung import REASON_THRESHOLDS
 from ..quality_qlung import quality_reasons
+from ..training.quality import OWN_NOISE
 from .noises import DEGRADATIONS, NOISES, UNSEEN, UNSEEN_NOISES, degrade, synthesize
 from .quality_figures import Shown, plot_devices, plot_discrimination, plot_monotonicity, plot_recordings
 from .quality_measures import (
@@ -45,6 +46,7 @@ from .quality_tables import to_markdown
 logger = logging.getLogger(__name__)
 
 GOOD_RECORDINGS, POOR_RECORDINGS = 100, 50  # that are degraded and changed; of as many children as there are
+NAMED = 40  # good recordings that are given faults
 ALONE, ALONE_S, ALONE_RMS = 20, 10, 0.05  # draws of noise without a recording, how long, how loud
 GAINS_DB = (-20, -10, 10, 20)
 RATES = (4000, 8000, 44100)
@@ -60,7 +62,8 @@ FINDINGS = {
 CONTROLS = ("other sound", "normal breaths")  # cut out instead: the first may be pauses
 DRAWS, TRIES = 5, 20  # of each control, and to find room for one
 FADE = RATE // 100  # 10 ms
-_QUIETEST = 10 * 2.0**-15  # RMS: ten steps of 16 bit
+_STEP = 2.0**-15  # of 16 bits
+_QUIETEST = 10 * _STEP  # RMS
 
 # ---- What is measured of each score; every function gives {score's name: result} ----
 
@@ -76,12 +79,12 @@ def tells_poor(fitted: Sequence[Fitted], recordings: Recordings) -> dict[str, An
     return results
 
 
-def tells_poor_of_others(fitted: Sequence[Fitted], recordings: Recordings) -> dict[str, Any]:
-    """Measure the same on other children's recordings, once, at the same gates."""
+def tells_poor_of_test(fitted: Sequence[Fitted], train: Recordings, recordings: Recordings) -> dict[str, Any]:
+    """Measure the same on a test's recordings, once, at the same gates; of children of `train`, as if never seen."""
     measured = measure(recordings.waveforms, [one.score for one in fitted])
     results = {}
     for one in fitted:
-        quality = one.on_others(measured[one.score.measure])[None]
+        quality = one.on_children(measured[one.score.measure], train.patients, recordings.patients)[None]
         results[one.name] = discrimination(quality, recordings.poor, recordings.patients)
         results[one.name]["gates"] = _gates(one, quality[0], recordings)
         if one.score.probability:
@@ -140,6 +143,23 @@ def gives_reasons(recordings: Recordings) -> dict[str, Any]:
     return results
 
 
+def names_faults(recordings: Recordings) -> dict[str, Any]:
+    """Count how often a fault that a good recording was given is named by its reason.
+
+    Returns:
+        {reason: {`kind` of degradation, its `unit` and `levels`, share `named` at each, `n`}}.
+    """
+    chosen = choose(recordings, ~recordings.poor, NAMED)
+    results = {}
+    for reason, (kind, _) in OWN_NOISE.items():
+        copies = [degrade(recordings.waveforms[index], kind, int(index)) for index in chosen]
+        named = np.mean([[reason in quality_reasons(copy, RATE) for copy in of_one] for of_one in copies], axis=0)
+        degradation = DEGRADATIONS[kind]
+        about = {"kind": kind, "unit": degradation.unit, "levels": degradation.levels}
+        results[reason] = {**about, "named": named.tolist(), "n": len(chosen)}
+    return results
+
+
 def follows_simulated_noise(fitted: Sequence[Fitted]) -> dict[str, Any]:
     """Correlate the score of simulated recordings with their signal-to-noise ratio, over all and by device."""
     simulated = load("simulated", None)["all"]
@@ -156,15 +176,16 @@ def follows_simulated_noise(fitted: Sequence[Fitted]) -> dict[str, Any]:
 def changed(waveform: NDArray) -> dict[str, NDArray | None]:
     """Give what of a recording (samples,) should score as it does: other gains, rates and lengths, filtered, padded.
 
-    What is repeated is joined by cross-fades: a click at the seam would be a fault. None stands for gains that would
-    clip it or bring it near the quantisation noise of 16 bit (an RMS of less than ten steps), for parts as long as the
-    whole, and for a last part that shares samples with the first of its length.
+    Gains are followed by rounding to 16 bits, as a recorder rounds. What is repeated is joined by cross-fades: a click
+    at the seam would be a fault. None stands for gains that would clip it or bring it near the noise of rounding (an
+    RMS of less than ten steps), for parts as long as the whole, and for a last part that shares samples with the first
+    of its length.
     """
     copies: dict[str, NDArray | None] = {}
     for gain_db in GAINS_DB:
         louder = waveform * np.float32(10 ** (gain_db / 20))
         sound = np.abs(louder).max() <= 1 and np.sqrt(np.mean(louder**2)) >= _QUIETEST
-        copies[f"gain {gain_db:+d} dB"] = louder if sound else None
+        copies[f"gain {gain_db:+d} dB"] = np.round(louder / _STEP) * np.float32(_STEP) if sound else None
     for rate in RATES:
         copies[f"through {rate / 1000:g} kHz"] = resample(resample(waveform, RATE, rate), rate, RATE)
     for tilt_db in TILTS_DB:
@@ -394,20 +415,22 @@ def evaluate(
 
     Args:
         scores: by name, at most six.
-        splits: SPRSound's, at least `train`; `test_inter` is scored where it is there.
+        splits: SPRSound's: `train`, and the tests that are there.
         icbhi: recordings of ICBHI, where its stethoscopes are to be compared.
         folder: for the figures.
 
     Returns:
-        {experiment: {score's name: results}}, what `quality.json` holds; but `reasons`, which belong to no score.
+        {experiment: {score's name: results}}, what `quality.json` holds; but `reasons` and `faults`, which belong to no
+        score.
     """
     folder.mkdir(parents=True, exist_ok=True)
     train = splits["train"]
     measured = measure(train.waveforms, scores.values())
     fitted = [Fitted(name, score, train, measured[score.measure]) for name, score in scores.items()]
     results = {"label": tells_poor(fitted, train)}
-    if "test_inter" in splits:
-        results["label_test_inter"] = tells_poor_of_others(fitted, splits["test_inter"])
+    tests = {split: recordings for split, recordings in splits.items() if split != "train"}
+    for split, recordings in tests.items():
+        results[f"label_{split}"] = tells_poor_of_test(fitted, train, recordings)
     plot_discrimination({one.name: one.out_of_fold for one in fitted}, train.poor, folder / "quality_label.png")
     for one in fitted:
         plot_recordings(*_extremes(one, train), folder / f"quality_recordings_{one.name}.png", one.name)
@@ -419,6 +442,7 @@ def evaluate(
         "findings": lambda: ignores_findings(fitted, train),
         "removal": lambda: without_findings(fitted, train),
         "reasons": lambda: gives_reasons(train),
+        "faults": lambda: names_faults(train),
     }
     for name, experiment in experiments.items():
         logger.info("%s ...", name)
@@ -454,14 +478,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", help="folder that holds BioCAS2022; left out: downloaded")
     parser.add_argument("--icbhi_dir", help="folder that holds ICBHI_final_database: compares its stethoscopes too")
     parser.add_argument("--score", nargs="+", choices=list(SCORES), default=list(SCORES), help="scores to measure")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/quality_score"))
     parser.add_argument("--allow_missing_audio", action="store_true", help="work on the recordings that are there")
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logger.setLevel(logging.INFO)
 
-    splits = load(args.dataset, args.data_dir, args.allow_missing_audio)
-    icbhi = load("icbhi", args.icbhi_dir, args.allow_missing_audio)["all"] if args.icbhi_dir else None
+    try:
+        splits = load(args.dataset, args.data_dir, args.allow_missing_audio)
+        icbhi = load("icbhi", args.icbhi_dir, args.allow_missing_audio)["all"] if args.icbhi_dir else None
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
     results = evaluate({name: SCORES[name] for name in args.score}, splits, icbhi, args.output_dir)
     text = json.dumps(results, indent=2, allow_nan=False)
     (args.output_dir / "quality.json").write_text(text + "\n", encoding="utf-8")

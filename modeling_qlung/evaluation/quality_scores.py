@@ -106,6 +106,20 @@ class Fitted:
                 quality[own] = function(_at(measured, own))
         return quality
 
+    def on_children(self, measured: Sequence[Any], known: NDArray, patients: NDArray) -> NDArray:
+        """Score m other recordings, each by what was not fitted on its child.
+
+        Args:
+            measured: of each.
+            known: patient of each recording of the fitting, in their order.
+            patients: (m,) patient of each.
+        """
+        quality = self.on_others(measured)
+        own = np.flatnonzero(np.isin(patients, known))
+        names, place = np.unique(known, return_index=True)
+        quality[own] = self.on_unseen(_at(measured, own), place[np.searchsorted(names, patients[own])])
+        return quality
+
 
 def _at(items: Sequence[Any], indices: NDArray) -> list[Any]:
     return [items[index] for index in indices]

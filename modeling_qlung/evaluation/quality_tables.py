@@ -12,7 +12,8 @@ def to_markdown(results: Results) -> str:
     """Format what `quality.evaluate` gives as Markdown, a section for each experiment in it."""
     sections: dict[str, tuple[str, Callable[[Results], list[str]]]] = {
         "label": ("Poor recordings told from usable ones, children not seen in fitting", _label),
-        "label_test_inter": ("The same on the children of the inter-subject test", _label),
+        "label_test_intra": ("The same in the intra-subject test, of children not seen in fitting either", _label),
+        "label_test_inter": ("The same in the inter-subject test, of other children", _label),
         "noise": ("Mean score of good recordings as they get worse", _noise),
         "alone": ("Noise alone, without a recording", _alone),
         "simulated": ("Simulated recordings: rank correlation of score and signal-to-noise ratio", _simulated),
@@ -20,6 +21,7 @@ def to_markdown(results: Results) -> str:
         "findings": ("Among good recordings: AUROC of normal above abnormal; 0.5 is blind to it", _findings),
         "removal": ("Good recordings without their findings, or without as much else: change of the score", _removal),
         "reasons": ("Reasons given: share of recordings", _reasons),
+        "faults": ("Faults given to good recordings: how often they are named", _faults),
         "devices": ("ICBHI's stethoscopes", _devices),
     }
     present = [(title, lines(results[name])) for name, (title, lines) in sections.items() if name in results]
@@ -149,6 +151,16 @@ def _reasons(results: Results) -> list[str]:
     names = next(iter(results.values()))["reasons"]
     rows += [[name, *(_percent(about["reasons"][name]) for about in results.values())] for name in names]
     return _table(head, rows)
+
+
+def _faults(results: Results) -> list[str]:
+    lines: list[str] = []
+    for unit in dict.fromkeys(found["unit"] for found in results.values()):
+        own = {reason: found for reason, found in results.items() if found["unit"] == unit}
+        levels = [f"{level:g} {unit}".replace("-", "−") for level in next(iter(own.values()))["levels"]]
+        rows = [[reason, *(_percent(share) for share in found["named"])] for reason, found in own.items()]
+        lines += [*_table(["", *levels], rows), ""]
+    return lines[:-1]
 
 
 def _devices(results: Results) -> list[str]:
