@@ -203,7 +203,36 @@ def describe_operating_points(points: OperatingPoints) -> str:
         f"{_plural(points.patients, 'patient')}; a recording counts as abnormal where anything is marked in it, "
         "a cycle or event by the mean over its time. The threshold was chosen on the recordings of the patients kept "
         f"apart, so that their rates are optimistic. Percent, with 95 % intervals by patient:\n\n{table}\n\n"
+        f"{_describe_gate(points)}"
         "`operating_points.json` holds the rates of the patients kept apart for every threshold."
+    )
+
+
+def gate_figure(part: str) -> str:
+    """Name the file of the risk-coverage curve of a part's recordings."""
+    return f"risk_coverage_recordings_{''.join(letter if letter.isalnum() else '_' for letter in part)}.png"
+
+
+def _describe_gate(points: OperatingPoints) -> str:
+    """What abstaining by quality does to the error in whole recordings; empty where no quality was measured."""
+    columns = ("answered", "wrong", "wrong_answered", "area_quality", "area_confidence")
+    gates = {of: gate for part in points.scores for of, gate in part["gates"].items()}
+    if not gates:
+        return ""
+    rows = [
+        f"| {of} | " + " | ".join("–" if gate[name] is None else f"{100 * gate[name]:.1f}" for name in columns) + " |"
+        for of, gate in gates.items()
+    ]
+    figures = [f"![What abstaining buys, recordings, {of}]({gate_figure(of)})\n\n" for of in gates]
+    header = [
+        "| of | answered % | wrong % of all | wrong % of those answered | error by quality % | error by confidence % |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    return (
+        f"Nothing is said of recordings whose quality is below {points.quality_threshold:g}. Those that nobody could "
+        "annotate, the poor ones among them, are not counted. The last two columns are the mean error where fewer and "
+        "fewer recordings are answered, the best, or the surest, first; an order that tells nothing has the error of "
+        "all:\n\n" + "\n".join([*header, *rows]) + "\n\n" + "".join(figures)
     )
 
 

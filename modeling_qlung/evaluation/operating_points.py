@@ -4,13 +4,14 @@
 
 Scores of cycles that somebody cut out say little of what `LungSoundAnalyzer` finds, which slides windows over
 recordings where nobody has. This measures it on the recordings of the patients that the run kept apart, chooses the
-threshold there, and writes `operating_points.json` into the run's folder, where the analyzer finds it.
+threshold there, and writes `operating_points.json` into the run's folder, where the analyzer finds it; and what saying
+nothing of recordings of little quality does to the error, with a risk-coverage curve of each part.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,17 @@ from numpy.typing import NDArray
 
 import hf_datasets
 
-from ..inference import LungSoundAnalyzer, OperatingPoints
+from ..inference import Analysis, LungSoundAnalyzer, OperatingPoints, read_audio
 from ..inference.operating_points import FILE_NAME
 from .bootstrap import weighted_ci
-from .model_card import DATASETS, describe_operating_points
+from .model_card import DATASETS, describe_operating_points, gate_figure
+from .noises import DEGRADATIONS, RATE, UNSEEN, degrade
+from .plots import plot_risk_coverage
 from .quality_measures import weighted_auroc
 from .report import read_predictions, write_text
+from .risk_coverage import RiskCoverage, risk_coverage
 
+KEPT_APART = "patients kept apart"
 THRESHOLDS = np.linspace(0, 1, 101)
 
 
@@ -40,11 +45,13 @@ class Scored:
         abnormal: (n,) P(abnormal): the largest threshold at which an item is called abnormal.
         truth: (n,) bool: an abnormal sound was annotated.
         patients: (n,) names.
+        quality: (n,) of the recordings that the items are, or are in; NaN where the model measures none.
     """
 
     abnormal: NDArray
     truth: NDArray
     patients: NDArray
+    quality: NDArray
 
     @property
     def counts(self) -> dict[str, int]:
@@ -81,6 +88,42 @@ class Scored:
             scores[name] = [None if np.isnan(value) else value, *interval]
         return scores
 
+    def risk_coverage(self, threshold: float) -> dict[str, RiskCoverage]:
+        """Trace abstention by `quality` and by `confidence`, the distance to a threshold; empty without any quality."""
+        if not len(self.quality) or np.isnan(self.quality).any():
+            return {}
+        wrong, confidence = self._wrong(threshold), np.abs(self.abnormal - threshold)
+        return {"quality": risk_coverage(wrong, self.quality), "confidence": risk_coverage(wrong, confidence)}
+
+    def gate(self, threshold: float, quality_threshold: float) -> dict[str, float | None]:
+        """Say what refusing recordings of little quality does to the error.
+
+        Args:
+            threshold: from which on an item is called abnormal.
+            quality_threshold: below it, nothing is said.
+
+        Returns:
+            `answered` (share), `wrong` (share of all items), `wrong_answered` (of the answered ones; None where there
+            are none); and `area_quality`, `area_confidence`, the mean error as fewer and fewer are answered. Empty
+            where the model measures no quality.
+        """
+        curves = self.risk_coverage(threshold)
+        if not curves:
+            return {}
+        wrong, answered = self._wrong(threshold), self.quality >= quality_threshold
+        areas = {f"area_{name}": curve.area for name, curve in curves.items()}
+        wrong_answered = float(wrong[answered].mean()) if answered.any() else None
+        shares = {"answered": float(answered.mean()), "wrong": float(wrong.mean()), "wrong_answered": wrong_answered}
+        return {**shares, **areas}
+
+    def joined(self, others: "Scored") -> "Scored":
+        """Give these items and then others."""
+        each = ((getattr(self, part.name), getattr(others, part.name)) for part in fields(self))
+        return Scored(*map(np.concatenate, each))
+
+    def _wrong(self, threshold: float) -> NDArray:
+        return (self.abnormal >= threshold) != self.truth
+
 
 def _share(weights: NDArray, part: NDArray, whole: NDArray) -> NDArray:
     """The weighted share of a part (n,) of a whole (n,) for each row of weights (resamples, n), NaN of nothing."""
@@ -100,33 +143,72 @@ def score_recordings(analyzer: LungSoundAnalyzer, recordings: datasets.Dataset) 
         The recordings, each called abnormal where anything is marked in it; and the annotated cycles or events within
         them, each as the analyzer scores it where a person gives it.
     """
-    whole: list[tuple[float, bool, str]] = []
-    cycles: list[tuple[float, bool, str]] = []
-    for row in recordings.cast_column("audio", datasets.Audio(decode=False)):
-        labelled = [cycle for cycle in row["cycles"] if cycle["label"] is not None]
-        found = [bool(cycle["crackle"] or cycle["wheeze"]) for cycle in labelled]
-        if not row["cycles"] or (not any(found) and len(labelled) < len(row["cycles"])):
-            continue
-        encoded, patient = row["audio"]["bytes"], row["patient_id"]
-        whole.append((float(analyzer(encoded).abnormal.max()), any(found), patient))
+    whole: list[_Item] = []
+    cycles: list[_Item] = []
+    for encoded, labelled, patient in _annotated(recordings):
+        analysis = analyzer(encoded)
+        whole.append(_item(analysis, labelled, patient))
         if labelled:
             by_cycle = analyzer(encoded, cycles=[(cycle["start"], cycle["end"]) for cycle in labelled]).abnormal
-            cycles += zip(by_cycle.tolist(), found, [patient] * len(found), strict=True)
+            of_each = zip(by_cycle.tolist(), map(_abnormal, labelled), strict=True)
+            cycles += [(*of_one, *whole[-1][2:]) for of_one in of_each]
     return _scored(whole), _scored(cycles)
 
 
-def _scored(items: Sequence[tuple[float, bool, str]]) -> Scored:
-    abnormal, truth, patients = zip(*items, strict=True) if items else ((), (), ())
-    return Scored(np.array(abnormal), np.array(truth, dtype=bool), np.array(patients, dtype=str))
+def score_spoiled(analyzer: LungSoundAnalyzer, recordings: datasets.Dataset) -> Scored:
+    """Analyze a spoiled copy of each of the recordings that [`score_recordings`] takes, as if it had their findings.
+
+    Each has a kind of noise or of fault, and as much of it, as its place in the recordings draws.
+    """
+    whole: list[_Item] = []
+    kinds = DEGRADATIONS | UNSEEN
+    for number, (encoded, labelled, patient) in enumerate(_annotated(recordings)):
+        rng = np.random.default_rng(number)
+        kind = list(kinds)[rng.integers(len(kinds))]
+        copies = degrade(read_audio(encoded), kind, number)
+        whole.append(_item(analyzer(copies[rng.integers(len(copies))], RATE), labelled, patient))
+    return _scored(whole)
 
 
-def measure(analyzer: LungSoundAnalyzer, recordings: datasets.Dataset, about: str) -> OperatingPoints:
+def _annotated(recordings: datasets.Dataset) -> Iterator[tuple[bytes, list[dict[str, Any]], str]]:
+    """The encoded audio of each recording that counts, its labelled cycles, and whose it is."""
+    for row in recordings.cast_column("audio", datasets.Audio(decode=False)):
+        labelled = [cycle for cycle in row["cycles"] if cycle["label"] is not None]
+        if row["cycles"] and (any(map(_abnormal, labelled)) or len(labelled) == len(row["cycles"])):
+            yield row["audio"]["bytes"], labelled, row["patient_id"]
+
+
+def _abnormal(cycle: dict[str, Any]) -> bool:
+    return bool(cycle["crackle"] or cycle["wheeze"])
+
+
+def _item(analysis: Analysis, labelled: Sequence[dict[str, Any]], patient: str) -> "_Item":
+    quality = np.nan if analysis.quality is None else analysis.quality
+    return float(analysis.abnormal.max()), any(map(_abnormal, labelled)), patient, quality
+
+
+_Item = tuple[float, bool, str, float]
+
+
+def _scored(items: Sequence[_Item]) -> Scored:
+    abnormal, truth, patients, quality = zip(*items, strict=True) if items else ((), (), (), ())
+    return Scored(
+        np.array(abnormal), np.array(truth, dtype=bool), np.array(patients, dtype=str), np.array(quality, dtype=float)
+    )
+
+
+def measure(analyzer: LungSoundAnalyzer, by_recording: Scored, by_cycle: Scored, about: str) -> OperatingPoints:
     """Measure the thresholds on validation patients' recordings, and choose the one best for recordings.
+
+    Args:
+        analyzer: that scored them.
+        by_recording: what [`score_recordings`] gave of recordings.
+        by_cycle: and of cycles.
+        about: a sentence on whom the model was trained and on whom it is measured.
 
     Raises:
         ValueError: if there are no abnormal recordings or cycles, or no normal ones.
     """
-    by_recording, by_cycle = score_recordings(analyzer, recordings)
     for unit, scored in (("recordings", by_recording), ("cycles", by_cycle)):
         if not all(scored.counts.values()):
             raise ValueError(f"the validation patients have these {unit}: {scored.counts}; some of each are needed")
@@ -144,14 +226,16 @@ def measure(analyzer: LungSoundAnalyzer, recordings: datasets.Dataset, about: st
         thresholds=THRESHOLDS.round(2).tolist(),
         by_recording=by_recording.rates(THRESHOLDS),
         by_cycle=by_cycle.rates(THRESHOLDS),
-        scores=[_row("patients kept apart", by_recording, by_cycle, threshold)],
+        scores=[],
     )
 
 
-def _row(where: str, recordings: Scored, cycles: Scored, threshold: float) -> dict[str, Any]:
+def _row(part: str, recordings: Scored, cycles: Scored, gated: dict[str, Scored], points: OperatingPoints) -> dict:
     """What `OperatingPoints.scores` tells of one part."""
     units = {"recordings": recordings, "cycles": cycles}
-    return {"of": where} | {name: {**unit.counts, **unit.scores(threshold)} for name, unit in units.items()}
+    scores = {name: {**unit.counts, **unit.scores(points.threshold)} for name, unit in units.items()}
+    gates = {name: items.gate(points.threshold, points.quality_threshold) for name, items in gated.items()}
+    return {"of": part, **scores, "gates": {name: gate for name, gate in gates.items() if gate}}
 
 
 def load_recordings(parts: Sequence[str], data_dir: str | None, allow_missing_audio: bool) -> datasets.Dataset:
@@ -173,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="folder of a run of train.py that kept validation patients apart")
     parser.add_argument("--data_dir", help="folder that holds the datasets; left out: downloaded")
     parser.add_argument("--on", nargs="*", default=[], help="report other recordings too, each as DATASET:SPLIT")
+    parser.add_argument("--spoiled", action="store_true", help="measure the gate on noisy copies of all of it too")
     parser.add_argument("--window", type=float, default=2.0, help="length of a window, in s")
     parser.add_argument("--hop", type=float, default=0.5, help="from one window to the next, in s")
     parser.add_argument("--quality_threshold", type=float, default=0.5, help="below it, nothing is said")
@@ -197,13 +282,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     trained_on = [DATASETS[part.partition(":")[0]] for part in parts]
     people = " and ".join(f"{dataset.title} ({dataset.population})" for dataset in trained_on)
     about = f"Trained on parts of {people}; measured on other patients of these, who were kept apart."
+    measured_on = {KEPT_APART: recordings.select(np.flatnonzero(apart))}
+    measured_on |= {part: load_recordings([part], args.data_dir, args.allow_missing_audio) for part in args.on}
+    scored = {part: score_recordings(analyzer, rows) for part, rows in measured_on.items()}
     try:
-        points = measure(analyzer, recordings.select(np.flatnonzero(apart)), about)
+        points = measure(analyzer, *scored[KEPT_APART], about)
     except ValueError as error:
         raise SystemExit(f"{args.run}: {error}") from error
-    for part in args.on:
-        rows = load_recordings([part], args.data_dir, args.allow_missing_audio)
-        points.scores.append(_row(part, *score_recordings(analyzer, rows), points.threshold))
+    for part, (of_recordings, of_cycles) in scored.items():
+        gated = {part: of_recordings}
+        if args.spoiled:
+            gated[f"{part}, with spoiled copies"] = of_recordings.joined(score_spoiled(analyzer, measured_on[part]))
+        points.scores.append(_row(part, of_recordings, of_cycles, gated, points))
+        for name, items in gated.items():
+            if curves := items.risk_coverage(points.threshold):
+                plot_risk_coverage(curves, args.run / gate_figure(name), f"Recordings, {name}")
     text = json.dumps({name: _rounded(value) for name, value in asdict(points).items()})
     path = args.run / FILE_NAME
     write_text(path, text + "\n")

@@ -54,7 +54,7 @@ class Analysis:
         quality: of the recording in [0, 1], the mean over its parts, weighted by length; None where the checkpoint
             measures none.
         reasons: what may be wrong with it, of any part, most frequent first.
-        quality_parts: the same of consecutive parts of 10 s.
+        quality_parts: the same of consecutive parts of 10 s, the last one of up to 20 s.
         can_tell: False where the quality is below the analyzer's threshold, and where there is no sound at all; the
             spans then mean nothing.
     """

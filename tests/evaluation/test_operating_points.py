@@ -23,8 +23,13 @@ from modeling_qlung.inference import LungSoundAnalyzer, OperatingPoints
 from tests.encoders import TINY_AST
 
 
+def scored_as(abnormal, truth, patients, quality=None) -> Scored:
+    quality = np.full(len(truth), np.nan) if quality is None else quality
+    return Scored(np.asarray(abnormal), np.asarray(truth, bool), np.asarray(patients), np.asarray(quality))
+
+
 def test_rates_count_what_reaches_the_threshold():
-    scored = Scored(np.array([0.1, 0.5, 0.5, 0.9]), np.array([False, False, True, True]), np.array(list("aabb")))
+    scored = scored_as([0.1, 0.5, 0.5, 0.9], [False, False, True, True], list("aabb"))
     assert scored.counts == {"abnormal": 2, "normal": 2}
     assert scored.rates(np.array([0.0, 0.5, 0.6, 1.0])) == {
         "sensitivity": [1.0, 1.0, 0.5, 0.0],
@@ -33,7 +38,7 @@ def test_rates_count_what_reaches_the_threshold():
 
 
 def test_the_best_threshold_lies_in_the_middle_of_its_gap():
-    scored = Scored(np.array([0.1, 0.3, 0.7, 0.9]), np.array([False, False, True, True]), np.array(list("abcd")))
+    scored = scored_as([0.1, 0.3, 0.7, 0.9], [False, False, True, True], list("abcd"))
     assert scored.best_threshold() == pytest.approx(0.5, abs=0.011)
 
 
@@ -41,7 +46,7 @@ def test_scores_are_those_of_scikit_learn_within_their_intervals():
     rng = np.random.default_rng(0)
     truth = rng.random(200) < 0.3
     abnormal = np.clip(rng.normal(0.4 + 0.2 * truth, 0.2), 0, 1)
-    scores = Scored(abnormal, truth, rng.integers(0, 40, 200).astype(str)).scores(0.5)
+    scores = scored_as(abnormal, truth, rng.integers(0, 40, 200).astype(str)).scores(0.5)
     expected = [roc_auc_score(truth, abnormal), (abnormal[truth] >= 0.5).mean(), (abnormal[~truth] < 0.5).mean()]
     for (value, low, high), of in zip(scores.values(), expected, strict=True):
         assert value == pytest.approx(of)
@@ -49,12 +54,26 @@ def test_scores_are_those_of_scikit_learn_within_their_intervals():
 
 
 def test_what_cannot_be_said_is_left_empty():
-    scored = Scored(np.array([0.1, 0.9]), np.array([True, True]), np.array(["a", "a"]))
+    scored = scored_as([0.1, 0.9], [True, True], ["a", "a"])
     assert scored.scores(0.5) == {
         "AUROC": [None, None, None],
         "sensitivity": [0.5, None, None],
         "specificity": [None, None, None],
     }
+
+
+def test_a_gate_is_worth_what_it_refuses_wrong_answers():
+    abnormal, truth = [0.9, 0.2, 0.6, 0.1], [True, False, False, True]  # the last two are called wrong
+    assert scored_as(abnormal, truth, list("abcd"), [0.9, 0.8, 0.3, 0.2]).gate(0.5, 0.5) == {
+        "answered": 0.5,
+        "wrong": 0.5,
+        "wrong_answered": 0.0,
+        "area_quality": pytest.approx((1 / 3 + 1 / 2) / 4),
+        "area_confidence": pytest.approx((1 / 2 + 1 / 2 + 1 / 3 + 1 / 2) / 4),  # 0.9 and 0.1 are equally far
+    }
+    assert scored_as(abnormal, truth, list("abcd"), np.zeros(4)).gate(0.5, 0.5)["wrong_answered"] is None
+    assert scored_as(abnormal, truth, list("abcd")).gate(0.5, 0.5) == {}
+    assert scored_as([], [], []).gate(0.5, 0.5) == {}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +101,7 @@ def run(some_recordings, tmp_path_factory):
     QLungForAudioClassification(
         QLungConfig(encoder.to_dict(), id2label=names, label2id={name: index for index, name in names.items()})
     ).save_pretrained(folder)
-    QLungFeatureExtractor(duration=1.0).save_pretrained(folder)
+    QLungFeatureExtractor(duration=1.0, quality_score="learned").save_pretrained(folder)
     (folder / "recipe.yaml").write_text(yaml.safe_dump({"dataset": "sprsound", "windows": 1.0, "level": 0.02}))
     cache = tmp_path_factory.mktemp("cache")
     recordings = hf_datasets.load(
@@ -119,6 +138,7 @@ def test_the_command_writes_what_the_analyzer_reads(run, some_recordings, capsys
         "--hop=0.5",
         "--on",
         "sprsound:train",
+        "--spoiled",
     ]
     operating_points.main([str(folder), *words])
     told = capsys.readouterr().out
@@ -145,6 +165,14 @@ def test_the_command_writes_what_the_analyzer_reads(run, some_recordings, capsys
     assert f"| patients kept apart | recordings | {of_patients}" in card
     assert "\n| sprsound:train | cycles | " in card
     assert f"| {100 * at['sensitivity']:.1f} (" in card
+    expected = scored.gate(points.threshold, analyzer.quality_threshold)
+    gates = points.scores[0]["gates"]
+    assert gates["patients kept apart"] == pytest.approx(expected, abs=1e-3)
+    assert gates["patients kept apart, with spoiled copies"]["answered"] < expected["answered"]
+    assert f"\n| patients kept apart | {100 * expected['answered']:.1f} | {100 * expected['wrong']:.1f} | " in card
+    for part in ("patients_kept_apart", "sprsound_train", "sprsound_train__with_spoiled_copies"):
+        assert f"](risk_coverage_recordings_{part}.png)" in card
+        assert (folder / f"risk_coverage_recordings_{part}.png").stat().st_size > 10_000
 
 
 def test_an_annotated_cycle_is_scored_as_where_a_person_gives_it(run):
