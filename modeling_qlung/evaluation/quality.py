@@ -428,7 +428,7 @@ def evaluate(
     measured = measure(train.waveforms, scores.values())
     fitted = [Fitted(name, score, train, measured[score.measure]) for name, score in scores.items()]
     results = {"label": tells_poor(fitted, train)}
-    tests = {split: recordings for split, recordings in splits.items() if split != "train"}
+    tests = {split: recordings for split, recordings in splits.items() if split.startswith("test")}
     for split, recordings in tests.items():
         results[f"label_{split}"] = tells_poor_of_test(fitted, train, recordings)
     plot_discrimination({one.name: one.out_of_fold for one in fitted}, train.poor, folder / "quality_label.png")
