@@ -1,6 +1,7 @@
 """The model card of a run: what a reader of the Hub needs to use, judge and repeat it."""
 
 import json
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -208,9 +209,12 @@ def describe_operating_points(points: OperatingPoints) -> str:
     )
 
 
+SPOILED = ", with spoiled copies"  # ends the name of a part that has them
+
+
 def gate_figure(part: str) -> str:
     """Name the file of the risk-coverage curve of a part's recordings."""
-    return f"risk_coverage_recordings_{''.join(letter if letter.isalnum() else '_' for letter in part)}.png"
+    return f"risk_coverage_recordings_{re.sub('[^a-z0-9]+', '_', part.lower())}.png"
 
 
 def _describe_gate(points: OperatingPoints) -> str:
@@ -228,11 +232,16 @@ def _describe_gate(points: OperatingPoints) -> str:
         "| of | answered % | wrong % of all | wrong % of those answered | error by quality % | error by confidence % |",
         "|---|---:|---:|---:|---:|---:|",
     ]
+    copies = (
+        "; spoiled copies have some noise or fault, little or much of it, and count as what they were made from"
+        if any(of.endswith(SPOILED) for of in gates)
+        else ""
+    )
     return (
         f"Nothing is said of recordings whose quality is below {points.quality_threshold:g}. Those that nobody could "
-        "annotate, the poor ones among them, are not counted. The last two columns are the mean error where fewer and "
-        "fewer recordings are answered, the best, or the surest, first; an order that tells nothing has the error of "
-        "all:\n\n" + "\n".join([*header, *rows]) + "\n\n" + "".join(figures)
+        f"annotate, the poor ones among them, are not counted{copies}. The last two columns are the mean error where "
+        "fewer and fewer recordings are answered, the best, or the surest, first; an order that tells nothing has the "
+        "error of all:\n\n" + "\n".join([*header, *rows]) + "\n\n" + "".join(figures)
     )
 
 

@@ -25,7 +25,7 @@ import hf_datasets
 from ..inference import Analysis, LungSoundAnalyzer, OperatingPoints, read_audio
 from ..inference.operating_points import FILE_NAME
 from .bootstrap import weighted_ci
-from .model_card import DATASETS, describe_operating_points, gate_figure
+from .model_card import DATASETS, SPOILED, describe_operating_points, gate_figure
 from .noises import DEGRADATIONS, RATE, UNSEEN, degrade
 from .plots import plot_risk_coverage
 from .quality_measures import weighted_auroc
@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part, (of_recordings, of_cycles) in scored.items():
         gated = {part: of_recordings}
         if args.spoiled:
-            gated[f"{part}, with spoiled copies"] = of_recordings.joined(score_spoiled(analyzer, measured_on[part]))
+            gated[f"{part}{SPOILED}"] = of_recordings.joined(score_spoiled(analyzer, measured_on[part]))
         points.scores.append(_row(part, of_recordings, of_cycles, gated, points))
         for name, items in gated.items():
             if curves := items.risk_coverage(points.threshold):

@@ -170,7 +170,7 @@ def test_the_command_writes_what_the_analyzer_reads(run, some_recordings, capsys
     assert gates["patients kept apart"] == pytest.approx(expected, abs=1e-3)
     assert gates["patients kept apart, with spoiled copies"]["answered"] < expected["answered"]
     assert f"\n| patients kept apart | {100 * expected['answered']:.1f} | {100 * expected['wrong']:.1f} | " in card
-    for part in ("patients_kept_apart", "sprsound_train", "sprsound_train__with_spoiled_copies"):
+    for part in ("patients_kept_apart", "sprsound_train", "sprsound_train_with_spoiled_copies"):
         assert f"](risk_coverage_recordings_{part}.png)" in card
         assert (folder / f"risk_coverage_recordings_{part}.png").stat().st_size > 10_000
 
