@@ -220,7 +220,7 @@ def gate_figure(part: str) -> str:
 def _describe_gate(points: OperatingPoints) -> str:
     """What abstaining by quality does to the error in whole recordings; empty where no quality was measured."""
     columns = ("answered", "wrong", "wrong_answered", "area_quality", "area_confidence")
-    gates = {of: gate for part in points.scores for of, gate in part["gates"].items()}
+    gates = {of: gate for part in points.scores for of, gate in part.get("gates", {}).items()}
     if not gates:
         return ""
     rows = [
