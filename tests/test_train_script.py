@@ -405,9 +405,9 @@ def test_a_checkpoint_is_scored_on_any_dataset(both, shared_cache, tmp_path):
 
 
 def benchmark_options(cache, folder):
-    few = [*TINY[:4], "--duration=1.0", "--disable_tqdm=true", "--num_train_epochs=2"]
     rows = ["quickstart", "quickstart,loss=cross_entropy"]
-    words = ["--benchmark", *rows, "--seeds", "1", "2", "--inspect_cycles=32", *few, f"--output_dir={folder}"]
+    few = [*TINY, "--num_train_epochs=2", "--inspect_cycles=32"]
+    words = ["--benchmark", *rows, "--seeds", "1", "2", *few, f"--output_dir={folder}"]
     return words, rows
 
 

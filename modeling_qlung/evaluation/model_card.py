@@ -219,7 +219,7 @@ def gate_figure(part: str) -> str:
 
 def _describe_gate(points: OperatingPoints) -> str:
     """What abstaining by quality does to the error in whole recordings; empty where no quality was measured."""
-    columns = ("answered", "wrong", "wrong_answered", "area_quality", "area_confidence")
+    columns = ("coverage", "risk", "selective_risk", "selective_risk_confidence", "aurc_quality", "aurc_confidence")
     gates = {of: gate for part in points.scores for of, gate in part.get("gates", {}).items()}
     if not gates:
         return ""
@@ -229,8 +229,8 @@ def _describe_gate(points: OperatingPoints) -> str:
     ]
     figures = [f"![What abstaining buys, recordings, {of}]({gate_figure(of)})\n\n" for of in gates]
     header = [
-        "| of | answered % | wrong % of all | wrong % of those answered | error by quality % | error by confidence % |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| of | answered % | wrong % | of those answered | of as many, the surest | by quality | by confidence |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     copies = (
         "; spoiled copies have some noise or fault, little or much of it, and count as what they were made from"

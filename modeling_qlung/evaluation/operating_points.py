@@ -5,7 +5,8 @@
 Scores of cycles that somebody cut out say little of what `LungSoundAnalyzer` finds, which slides windows over
 recordings where nobody has. This measures it on the recordings of the patients that the run kept apart, chooses the
 threshold there, and writes `operating_points.json` into the run's folder, where the analyzer finds it; and what saying
-nothing of recordings of little quality does to the error, with a risk-coverage curve of each part.
+nothing of recordings of little quality does to the error, with a risk-coverage curve of each part. The quality score is
+as the checkpoint carries it: the learned one was fitted on all of SPRSound's training children.
 """
 
 import argparse
@@ -22,8 +23,10 @@ from numpy.typing import NDArray
 
 import hf_datasets
 
-from ..inference import Analysis, LungSoundAnalyzer, OperatingPoints, read_audio
+from ..feature_extraction_qlung import QLungFeatureExtractor
+from ..inference import Analysis, LungSoundAnalyzer, OperatingPoints, fastest_dtype, read_audio
 from ..inference.operating_points import FILE_NAME
+from ..modeling_qlung import QLungForAudioClassification
 from .bootstrap import weighted_ci
 from .model_card import DATASETS, SPOILED, describe_operating_points, gate_figure
 from .noises import DEGRADATIONS, RATE, UNSEEN, degrade
@@ -33,7 +36,7 @@ from .report import read_predictions, write_text
 from .risk_coverage import RiskCoverage, risk_coverage
 
 KEPT_APART = "patients kept apart"
-THRESHOLDS = np.linspace(0, 1, 101)
+THRESHOLDS = np.linspace(0, 1, 101).round(2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +74,7 @@ class Scored:
         rates = self.rates(THRESHOLDS)
         mean = np.add(rates["sensitivity"], rates["specificity"])
         best = np.flatnonzero(mean == mean.max())
-        return round(float(THRESHOLDS[best[len(best) // 2]]), 2)
+        return float(THRESHOLDS[best[len(best) // 2]])
 
     def scores(self, threshold: float) -> dict[str, list[float | None]]:
         """AUROC, sensitivity and specificity, each with its 95 % interval from a bootstrap over patients."""
@@ -103,18 +106,22 @@ class Scored:
             quality_threshold: below it, nothing is said.
 
         Returns:
-            `answered` (share), `wrong` (share of all items), `wrong_answered` (of the answered ones; None where there
-            are none); and `area_quality`, `area_confidence`, the mean error as fewer and fewer are answered. Empty
-            where the model measures no quality.
+            `coverage` (share answered), `risk` (share of all that are wrong), `selective_risk` (of the answered ones;
+            None where there are none), `selective_risk_confidence` (of as many, the surest), and the areas under both
+            risk-coverage curves, `aurc_quality` and `aurc_confidence`. Empty where the model measures no quality.
         """
         curves = self.risk_coverage(threshold)
         if not curves:
             return {}
         wrong, answered = self._wrong(threshold), self.quality >= quality_threshold
-        areas = {f"area_{name}": curve.area for name, curve in curves.items()}
-        wrong_answered = float(wrong[answered].mean()) if answered.any() else None
-        shares = {"answered": float(answered.mean()), "wrong": float(wrong.mean()), "wrong_answered": wrong_answered}
-        return {**shares, **areas}
+        coverage = float(answered.mean())
+        return {
+            "coverage": coverage,
+            "risk": float(wrong.mean()),
+            "selective_risk": float(wrong[answered].mean()) if coverage else None,
+            "selective_risk_confidence": curves["confidence"].at(coverage) if coverage else None,
+            **{f"aurc_{name}": curve.area for name, curve in curves.items()},
+        }
 
     def joined(self, others: "Scored") -> "Scored":
         """Give these items and then others."""
@@ -223,7 +230,7 @@ def measure(analyzer: LungSoundAnalyzer, by_recording: Scored, by_cycle: Scored,
         patients=len(set(by_recording.patients)),
         recordings=by_recording.counts,
         cycles=by_cycle.counts,
-        thresholds=THRESHOLDS.round(2).tolist(),
+        thresholds=THRESHOLDS.tolist(),
         by_recording=by_recording.rates(THRESHOLDS),
         by_cycle=by_cycle.rates(THRESHOLDS),
         scores=[],
@@ -239,10 +246,17 @@ def _row(part: str, recordings: Scored, cycles: Scored, gated: dict[str, Scored]
 
 
 def load_recordings(parts: Sequence[str], data_dir: str | None, allow_missing_audio: bool) -> datasets.Dataset:
-    """Load the recordings of `DATASET:SPLIT` parts."""
+    """Load the recordings of `DATASET:SPLIT` parts.
+
+    Raises:
+        OSError: there is no such folder, or it is not the dataset's.
+        ValueError: a part is not `DATASET:SPLIT`, or the dataset has no such split; and as `hf_datasets.load`.
+    """
     loaded = []
     for part in parts:
         name, _, split = part.partition(":")
+        if not split:
+            raise ValueError(f"{part}: give DATASET:SPLIT, such as sprsound:test_intra")
         where = data_dir if name != "simulated" else None
         loaded.append(hf_datasets.load(name, where, "recordings", split, allow_missing_audio=allow_missing_audio))
     shared = [column for column in loaded[0].column_names if all(column in rows.column_names for rows in loaded)]
@@ -258,8 +272,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data_dir", help="folder that holds the datasets; left out: downloaded")
     parser.add_argument("--on", nargs="*", default=[], help="report other recordings too, each as DATASET:SPLIT")
     parser.add_argument("--spoiled", action="store_true", help="measure the gate on noisy copies of all of it too")
-    parser.add_argument("--window", type=float, default=2.0, help="length of a window, in s")
-    parser.add_argument("--hop", type=float, default=0.5, help="from one window to the next, in s")
+    parser.add_argument("--window", type=float, help="length of a window, in s (2, or the model's own)")
+    parser.add_argument("--hop", type=float, help="from one window to the next, in s (0.5)")
     parser.add_argument("--quality_threshold", type=float, default=0.5, help="below it, nothing is said")
     parser.add_argument("--allow_missing_audio", action="store_true", help="work on the recordings that are there")
     args = parser.parse_args(argv)
@@ -272,18 +286,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     if validation.empty:
         raise SystemExit(f"{args.run} kept no validation patients apart: train with --validation_fraction.")
 
-    analyzer = LungSoundAnalyzer.from_pretrained(args.run)
-    analyzer.window, analyzer.hop, analyzer.quality_threshold = args.window, args.hop, args.quality_threshold
+    # Without the points that an earlier measurement left, which this one replaces.
+    extractor = QLungFeatureExtractor.from_pretrained(args.run)
+    model = QLungForAudioClassification.from_pretrained(args.run, dtype=fastest_dtype("cpu"))
+    analyzer = LungSoundAnalyzer(model, extractor)
+    analyzer.window = analyzer.window if args.window is None else args.window
+    analyzer.hop = min(analyzer.hop, analyzer.window) if args.hop is None else args.hop
+    if not 0 < analyzer.hop <= analyzer.window <= extractor.duration:
+        raise SystemExit(
+            f"--hop {analyzer.hop:g} --window {analyzer.window:g}: a hop is at most a window, and a window at most the "
+            f"{extractor.duration:g} s that the model takes."
+        )
+    analyzer.quality_threshold, analyzer.level = args.quality_threshold, options.get("level")
     parts = [f"{options.get('dataset', 'icbhi')}:train", *options.get("also_train", ())]
-    recordings = load_recordings(parts, args.data_dir, args.allow_missing_audio)
+    try:
+        recordings = load_recordings(parts, args.data_dir, args.allow_missing_audio)
+        measured_on = {part: load_recordings([part], args.data_dir, args.allow_missing_audio) for part in args.on}
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
     kept_apart = set(validation["patient_id"])
     apart = np.array([patient in kept_apart for patient in recordings["patient_id"][:]])
-    analyzer.level = options.get("level")
     trained_on = [DATASETS[part.partition(":")[0]] for part in parts]
     people = " and ".join(f"{dataset.title} ({dataset.population})" for dataset in trained_on)
     about = f"Trained on parts of {people}; measured on other patients of these, who were kept apart."
-    measured_on = {KEPT_APART: recordings.select(np.flatnonzero(apart))}
-    measured_on |= {part: load_recordings([part], args.data_dir, args.allow_missing_audio) for part in args.on}
+    if extractor.quality_score == "learned":
+        about += " The quality score was fitted on SPRSound's training children, those kept apart among them."
+    measured_on = {KEPT_APART: recordings.select(np.flatnonzero(apart)), **measured_on}
     scored = {part: score_recordings(analyzer, rows) for part, rows in measured_on.items()}
     try:
         points = measure(analyzer, *scored[KEPT_APART], about)

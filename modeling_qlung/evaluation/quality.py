@@ -131,6 +131,8 @@ def refuses_noise_alone(fitted: Sequence[Fitted]) -> dict[str, Any]:
 def gives_reasons(recordings: Recordings) -> dict[str, Any]:
     """Count how often the reasons of `quality_reasons` are given for poor recordings, and for as many usable ones.
 
+    Their thresholds were fitted on 400 of the usable recordings, and on none of the poor ones' labels.
+
     Returns:
         {"poor", "usable": {`n`, `any` (share with a reason), `reasons`: {reason: share}}}.
     """
@@ -264,7 +266,7 @@ def middle(waveform: NDArray, seconds: float | None) -> NDArray:
 Spans = list[tuple[int, int]]  # first sample and the one after the last, rising, apart
 
 
-def without_findings(fitted: Sequence[Fitted], recordings: Recordings, seed: int = 0) -> dict[str, Any]:
+def without_findings(fitted: Sequence[Fitted], recordings: Recordings) -> dict[str, Any]:
     """Cut the findings out of good recordings, and instead as much of a control in pieces of the same lengths.
 
     A control is drawn from the same recording, `DRAWS` times: any sound that is not of an abnormal event, or that of
@@ -274,7 +276,7 @@ def without_findings(fitted: Sequence[Fitted], recordings: Recordings, seed: int
     Returns:
         {score: {name in `FINDINGS`: {name in `CONTROLS`: see `removal`, with `left_out`}}}.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     results: dict[str, Any] = {one.name: {finding: {} for finding in FINDINGS} for one in fitted}
     for finding, control in product(FINDINGS, CONTROLS):
         cuts, left_out = _cuts(recordings, FINDINGS[finding], control, rng)
@@ -454,12 +456,12 @@ def evaluate(
     return results
 
 
-def _extremes(one: Fitted, recordings: Recordings, number: int = 4) -> tuple[list[Shown], list[Shown]]:
-    """The best and the worst recordings, of as many children."""
+def _extremes(one: Fitted, recordings: Recordings) -> tuple[list[Shown], list[Shown]]:
+    """The best and the worst recordings, of four children each."""
     quality = one.out_of_fold[0]
 
     def first(order: NDArray) -> list[Shown]:
-        of_children = list(dict.fromkeys(recordings.patients[order]))[:number]
+        of_children = list(dict.fromkeys(recordings.patients[order]))[:4]
         places = [next(i for i in order if recordings.patients[i] == child) for child in of_children]
         labels = recordings.table["record_label"]
         return [Shown(recordings.waveforms[i], float(quality[i]), labels[i]) for i in places]

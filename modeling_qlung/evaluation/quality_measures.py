@@ -32,7 +32,8 @@ def discrimination(
 
     Returns:
         `auroc` and `average_precision`, each {"mean", "sd", "interval"}: mean and standard deviation (None for one)
-        over seeds, and the 95 % interval of the mean from a bootstrap over patients; with `n`, `poor` and `patients`.
+        over seeds, and the 95 % interval of the mean from a bootstrap over patients, None where no recording is poor,
+        or none is usable; with `n`, `poor` and `patients`.
         With `folds` also `auroc_within`, the mean AUROC of the functions, each on what it scored: `auroc` compares
         scores of different functions too, which are calibrated each on its own.
     """
@@ -52,8 +53,8 @@ def discrimination(
             return of_seeds(weights).mean(axis=0)
 
         found[name] = {
-            "mean": float(values.mean()),
-            "sd": float(values.std(ddof=1)) if len(values) > 1 else None,
+            "mean": None if np.isnan(values).any() else float(values.mean()),
+            "sd": None if np.isnan(values).any() or len(values) < 2 else float(values.std(ddof=1)),
             "interval": weighted_ci(patients, over_seeds),
         }
     return found
@@ -111,21 +112,20 @@ def _share(part: NDArray, whole: NDArray) -> NDArray:
     return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
 
 
-def calibration(probability: NDArray, usable: NDArray, bins: int = 10) -> dict[str, Any]:
+def calibration(probability: NDArray, usable: NDArray) -> dict[str, Any]:
     """Compare the probability that a recording is usable with how often it is.
 
     Args:
         probability: (seeds, n), in [0, 1].
         usable: (n,) bool.
-        bins: number of bins, equally wide.
 
     Returns:
         `brier`, mean squared error (Brier 1950); `brier_constant`, that of always giving the share of usable ones;
-        `ece`, the expected calibration error (Naeini et al. 2015); `bins`, for each one that is not empty, its mean
-        `probability`, share `usable` and number of scores `n`. All over recordings and seeds.
+        `ece`, the expected calibration error (Naeini et al. 2015) in ten bins; `bins`, for each one that is not empty,
+        its mean `probability`, share `usable` and number of scores `n`. All over recordings and seeds.
     """
     given, outcome = probability.ravel(), np.tile(usable, len(probability)).astype(float)
-    index = np.minimum((given * bins).astype(int), bins - 1)
+    index = np.minimum((given * 10).astype(int), 9)
     filled = [
         {"probability": float(given[own].mean()), "usable": float(outcome[own].mean()), "n": int(own.sum())}
         for own in (index == number for number in np.unique(index))
@@ -152,19 +152,22 @@ def best_threshold(quality: NDArray, poor: NDArray) -> float:
     return float(places[np.argmax(below - np.searchsorted(np.sort(quality[~poor]), places) / (~poor).sum())])
 
 
-def refused(quality: NDArray, poor: NDArray, threshold: float) -> dict[str, float]:
+def refused(quality: NDArray, poor: NDArray, threshold: float) -> dict[str, float | None]:
     """Measure what a gate does that refuses recordings whose score is below a threshold.
 
     Args:
         quality: (n,).
-        poor: (n,) bool, some of each.
+        poor: (n,) bool.
         threshold: of the score.
 
     Returns:
-        `threshold`, and the shares of `poor` and of `usable` recordings that are refused.
+        `threshold`, and the shares of `poor` and of `usable` recordings that are refused, None where there is none.
     """
     below = quality < threshold
-    return {"threshold": threshold, "poor": float(below[poor].mean()), "usable": float(below[~poor].mean())}
+    shares = {
+        name: float(below[own].mean()) if own.any() else None for name, own in {"poor": poor, "usable": ~poor}.items()
+    }
+    return {"threshold": threshold, **shares}
 
 
 def monotonicity(quality: NDArray) -> dict[str, Any]:

@@ -74,8 +74,8 @@ def load(name: str, data_dir: str | None, allow_missing_audio: bool = False) -> 
     return splits
 
 
-def choose(recordings: Recordings, among: NDArray, number: int, seed: int = 0) -> NDArray:
+def choose(recordings: Recordings, among: NDArray, number: int) -> NDArray:
     """Draw `number` of the recordings where `among` (n,) is true: one of every patient before a second of any."""
-    drawn = pd.Series(np.random.default_rng(seed).permutation(np.flatnonzero(among)))
+    drawn = pd.Series(np.random.default_rng(0).permutation(np.flatnonzero(among)))
     turn = drawn.groupby(recordings.patients[drawn]).cumcount()
     return drawn[turn.sort_values(kind="stable").index].to_numpy()[:number]

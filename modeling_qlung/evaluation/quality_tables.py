@@ -63,7 +63,8 @@ def _label(results: Results) -> list[str]:
         for gate, g in found["gates"].items()
     ]
     refused = _table(["gate", "threshold", "poor recordings refused", "usable ones refused"], gates)
-    return [*_table(head, rows), "", f"{counts}; mean ± sd over folds drawn anew.", "", *refused]
+    drawn = "; mean ± sd over folds drawn anew" if "auroc_within" in names else ""
+    return [*_table(head, rows), "", f"{counts}{drawn}.", "", *refused]
 
 
 def _noise(results: Results) -> list[str]:

@@ -34,9 +34,9 @@ class OperatingPoints:
         scores: what was found at `threshold`, first on these patients, then elsewhere: each `{"of": ..., "recordings":
             {"abnormal": 108, "normal": 255, "AUROC": [value, low, high], "sensitivity": ..., "specificity": ...},
             "cycles": {...}, "gates": {...}}`, shares in [0, 1] with 95 % intervals by patient, None where there are too
-            few patients; of the gate by quality, by the name of what was gated, `{"answered": 0.9, "wrong": 0.3,
-            "wrong_answered": 0.29, "area_quality": ..., "area_confidence": ...}` without intervals, and nothing where
-            the checkpoint measures no quality.
+            few patients; of the gate by quality, by the name of what was gated, shares without intervals: `{"coverage":
+            0.9, "risk": 0.3, "selective_risk": 0.29, "selective_risk_confidence": ..., "aurc_quality": ...,
+            "aurc_confidence": ...}`, and nothing where the checkpoint measures no quality.
 
     Raises:
         ValueError: if the thresholds do not ascend, or a list has another length.

@@ -220,12 +220,13 @@ def _degrade_row(row: Mapping[str, Any], index: int, sampling_rate: int, seed: i
 def score_quality(feature_extractor: QLungFeatureExtractor, cycles: Dataset) -> np.ndarray:
     """Score every row's quality (n,) in [0, 1]: from its measured entropy and RMS, or, once and cached, as learned."""
     if feature_extractor.quality_score == "learned":
-        code = inspect.getsource(quality_qlung)
+        # Of all that the extractor holds, these alone count: saving it, or another normalisation, changes no score.
+        reads = [feature_extractor.quality_parameters, feature_extractor.sampling_rate]
         scored = cycles.select_columns("waveform").map(
             lambda row: {"quality": feature_extractor.quality(row["waveform"])},
             remove_columns=["waveform"],
             desc="Score quality",
-            new_fingerprint=Hasher.hash([cycles._fingerprint, code, feature_extractor.to_dict()]),
+            new_fingerprint=Hasher.hash([cycles._fingerprint, inspect.getsource(quality_qlung), reads]),
         )
         return np.array(scored["quality"][:])
     normalization, statistics = feature_extractor.quality_normalization, feature_extractor.quality_statistics

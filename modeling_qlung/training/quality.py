@@ -90,10 +90,9 @@ class QualityNetwork(nn.Module):
 
     Args:
         channels: of every layer.
-        dropout: share of channels' values that are left out in training.
     """
 
-    def __init__(self, channels: int = CHANNELS, dropout: float = 0.05) -> None:
+    def __init__(self, channels: int = CHANNELS) -> None:
         super().__init__()
         widths = [LEVEL_BANDS, *[channels] * (LAYERS - 1)]
         self.convolutions = nn.ModuleList(
@@ -101,7 +100,7 @@ class QualityNetwork(nn.Module):
             for width in widths
         )
         self.norms = nn.ModuleList(nn.BatchNorm1d(channels) for _ in widths)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(0.05)
         self.output = nn.Linear(2 * channels, 1)
 
     def forward(self, levels: Tensor) -> Tensor:
@@ -169,10 +168,10 @@ def make_example(waveform: NDArray, usable: bool, events: Sequence[Event]) -> Ex
 
 
 @functools.cache
-def simulated_powers(number: int = SIMULATED) -> list[Tensor]:
+def simulated_powers() -> list[Tensor]:
     """Simulate recordings of devices drawn at random, at `SIMULATED_SNR_DB`: power in bands, (ratios, 24, frames)."""
     found = []
-    for seed in range(number):
+    for seed in range(SIMULATED):
         rng = np.random.default_rng(seed)
         rate = int(rng.choice([4000, 8000, 16000, 44100]))
         low, high = np.exp(rng.uniform(np.log([20, 1200]), np.log([120, 8000])))
@@ -186,36 +185,36 @@ def simulated_powers(number: int = SIMULATED) -> list[Tensor]:
 
 
 @functools.cache
-def noise_powers(draws: int = ALONE_DRAWS) -> list[Tensor]:
+def noise_powers() -> list[Tensor]:
     """Synthesise ten seconds of each kind of `NOISES`, several times: power in bands, (24, frames) of each draw."""
     samples = round(LONGEST * LEVEL_FRAME_S * RATE)
     found = []
     for number, kind in enumerate(NOISES):
-        for draw in range(draws):
+        for draw in range(ALONE_DRAWS):
             noise = synthesize(kind, samples, np.random.default_rng((ALONE_SEED, number, draw)))
             found.append(band_powers(0.05 * noise.astype(np.float32), RATE))  # of any level: they are read relative
     return found
 
 
-_remembered: dict[bytes, Example] = {}  # by the recording's digest: folds share recordings
+_remembered: dict[tuple, Example] = {}  # by the recording's digest, label and events: folds share recordings
 
 
 def make_examples(recordings: Recordings) -> list[Example]:
     """Make an example of every recording, once per process."""
     examples = []
     for waveform, poor, cycles in zip(recordings.waveforms, recordings.poor, recordings.table["cycles"], strict=True):
-        digest = hashlib.sha256(waveform.tobytes()).digest()
-        if digest not in _remembered:
-            events = [
-                Event(
-                    EVENT_TYPES[one["event_type"]],
-                    int(one["start"] / LEVEL_FRAME_S),
-                    math.ceil(one["end"] / LEVEL_FRAME_S),
-                )
-                for one in cycles
-            ]
-            _remembered[digest] = make_example(waveform, not poor, events)
-        examples.append(_remembered[digest])
+        events = [
+            Event(
+                EVENT_TYPES[one["event_type"]],
+                int(one["start"] / LEVEL_FRAME_S),
+                math.ceil(one["end"] / LEVEL_FRAME_S),
+            )
+            for one in cycles
+        ]
+        known = (hashlib.sha256(waveform.tobytes()).digest(), bool(poor), *events)
+        if known not in _remembered:
+            _remembered[known] = make_example(waveform, not poor, events)
+        examples.append(_remembered[known])
     return examples
 
 
@@ -358,7 +357,7 @@ def _trained(examples: Sequence[Example], channels: int = CHANNELS) -> QualityNe
 
 
 def train(examples: Sequence[Example], seed: int = 0, channels: int = CHANNELS, epochs: int = EPOCHS) -> QualityNetwork:
-    """Train a network on all of the examples: AdamW, one cycle of the learning rate, mixup, random level and tilt.
+    """Train a network on all of the examples: AdamW, one cycle of the rate, mixup (Zhang et al. 2018), level and tilt.
 
     Half of the steps also ask that more noise lower the logit, see [`noise_loss`].
     """
@@ -391,7 +390,9 @@ def train(examples: Sequence[Example], seed: int = 0, channels: int = CHANNELS, 
 
 
 def noise_loss(logits: Tensor, noise: Tensor) -> Tensor:
-    """Mean over all pairs of a group of max(0, STEP * n - d), where one has n > 0 levels more noise, and d less logit.
+    """Pairwise ranking hinge loss (Joachims 2002), with a margin of `STEP` for each level of noise.
+
+    The mean over all pairs of a group of max(0, STEP * n - d), where one has n > 0 levels more noise, and d less logit.
 
     Args:
         logits: (groups, members).
@@ -455,11 +456,11 @@ def _where(chosen: NDArray, examples: Sequence[Example]) -> list[Example]:
 
 
 def fit(examples: Sequence[Example], folds: NDArray) -> tuple[dict[str, Any], NDArray]:
-    """Fit the learned score: a network on all recordings, its logit calibrated on those of networks on all but a fold.
+    """Fit the learned score: a network on all recordings, calibrated (Platt 1999) on the logits of held-out ones.
 
     Args:
         examples: of the recordings.
-        folds: (n,), the number of the fold that each is in, by patient; each costs one more training.
+        folds: (n,), the number of the fold that each is held out in, by patient; each costs one more training.
 
     Returns:
         The parameters for `learned_quality`, and the calibrated logits (n,) of recordings while they were held out.

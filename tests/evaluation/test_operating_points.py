@@ -1,7 +1,6 @@
 """Operating points: rates on constructed scores, and the command on a run of its own."""
 
-import json
-from collections import Counter
+from collections import defaultdict
 
 import datasets
 import numpy as np
@@ -20,6 +19,7 @@ from modeling_qlung.evaluation.operating_points import Scored, score_recordings
 from modeling_qlung.evaluation.report import write_predictions
 from modeling_qlung.evaluation.tasks import FOUR_CLASS
 from modeling_qlung.inference import LungSoundAnalyzer, OperatingPoints
+from tests import sprsound
 from tests.encoders import TINY_AST
 
 
@@ -65,13 +65,14 @@ def test_what_cannot_be_said_is_left_empty():
 def test_a_gate_is_worth_what_it_refuses_wrong_answers():
     abnormal, truth = [0.9, 0.2, 0.6, 0.1], [True, False, False, True]  # the last two are called wrong
     assert scored_as(abnormal, truth, list("abcd"), [0.9, 0.8, 0.3, 0.2]).gate(0.5, 0.5) == {
-        "answered": 0.5,
-        "wrong": 0.5,
-        "wrong_answered": 0.0,
-        "area_quality": pytest.approx((1 / 3 + 1 / 2) / 4),
-        "area_confidence": pytest.approx((1 / 2 + 1 / 2 + 1 / 3 + 1 / 2) / 4),  # 0.9 and 0.1 are equally far
+        "coverage": 0.5,
+        "risk": 0.5,
+        "selective_risk": 0.0,
+        "selective_risk_confidence": 0.5,
+        "aurc_quality": pytest.approx((1 / 3 + 1 / 2) / 4),
+        "aurc_confidence": pytest.approx((1 / 2 + 1 / 2 + 1 / 3 + 1 / 2) / 4),  # 0.9 and 0.1 are equally far
     }
-    assert scored_as(abnormal, truth, list("abcd"), np.zeros(4)).gate(0.5, 0.5)["wrong_answered"] is None
+    assert scored_as(abnormal, truth, list("abcd"), np.zeros(4)).gate(0.5, 0.5)["selective_risk"] is None
     assert scored_as(abnormal, truth, list("abcd")).gate(0.5, 0.5) == {}
     assert scored_as([], [], []).gate(0.5, 0.5) == {}
 
@@ -79,17 +80,13 @@ def test_a_gate_is_worth_what_it_refuses_wrong_answers():
 @pytest.fixture(scope="module")
 def some_recordings(real_sprsound, tmp_path_factory):
     """A folder with the first three recordings of SPRSound of each of some kinds."""
-    folder, taken = tmp_path_factory.mktemp("sprsound") / "BioCAS2022", Counter()
-    for name in ("train2022_json", "train2022_wav"):
-        (folder / name).mkdir(parents=True)
-    for path in sorted((real_sprsound / "BioCAS2022" / "train2022_json").glob("*.json")):
-        kind = json.loads(path.read_text())["record_annotation"]
-        taken[kind] += 1
-        if taken[kind] <= 3 and kind != "CAS & DAS":
-            (folder / "train2022_json" / path.name).symlink_to(path)
-            wav = real_sprsound / "BioCAS2022" / "train2022_wav" / f"{path.stem}.wav"
-            (folder / "train2022_wav" / wav.name).symlink_to(wav)
-    return folder.parent
+    of_kind = defaultdict(list)
+    for name, kind in sprsound.annotations(real_sprsound).items():
+        of_kind[kind].append(name)
+    del of_kind["CAS & DAS"]
+    folder = tmp_path_factory.mktemp("sprsound")
+    sprsound.link(real_sprsound, folder, [name for names in of_kind.values() for name in names[:3]])
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +131,11 @@ def test_the_command_writes_what_the_analyzer_reads(run, some_recordings, capsys
     words = [
         f"--data_dir={some_recordings}",
         "--allow_missing_audio",
-        "--window=1",
-        "--hop=0.5",
         "--on",
         "sprsound:train",
         "--spoiled",
     ]
+    (folder / "operating_points.json").write_text('{"about": "of an earlier version"}')
     operating_points.main([str(folder), *words])
     told = capsys.readouterr().out
     points = OperatingPoints.from_file(folder / "operating_points.json")
@@ -168,8 +164,8 @@ def test_the_command_writes_what_the_analyzer_reads(run, some_recordings, capsys
     expected = scored.gate(points.threshold, analyzer.quality_threshold)
     gates = points.scores[0]["gates"]
     assert gates["patients kept apart"] == pytest.approx(expected, abs=1e-3)
-    assert gates["patients kept apart, with spoiled copies"]["answered"] < expected["answered"]
-    assert f"\n| patients kept apart | {100 * expected['answered']:.1f} | {100 * expected['wrong']:.1f} | " in card
+    assert gates["patients kept apart, with spoiled copies"]["coverage"] < expected["coverage"]
+    assert f"\n| patients kept apart | {100 * expected['coverage']:.1f} | {100 * expected['risk']:.1f} | " in card
     for part in ("patients_kept_apart", "sprsound_train", "sprsound_train_with_spoiled_copies"):
         assert f"](risk_coverage_recordings_{part}.png)" in card
         assert (folder / f"risk_coverage_recordings_{part}.png").stat().st_size > 10_000
@@ -208,3 +204,20 @@ def test_a_folder_without_a_run_and_one_without_validation_patients_are_named(tm
     (tmp_path / "recipe.yaml").write_text("seed: 1\n")
     with pytest.raises(SystemExit, match="kept no validation patients apart: train with --validation_fraction"):
         operating_points.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--window", "2"], "--hop 0.5 --window 2: .* a window at most the 1 s that the model takes"),
+        (["--hop", "0.6", "--window", "0.5"], "--hop 0.6 --window 0.5: a hop is at most a window"),
+        (["--hop", "0"], "--hop 0 --window 1"),
+        (["--on", "sprsound"], "sprsound: give DATASET:SPLIT, such as sprsound:test_intra"),
+        (["--on", "sprsound:test"], "unknown split of sprsound 'test': choose from all, train"),
+        (["--on", "icbhi:test"], "ICBHI_final_database"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_sentence(words, told, run, some_recordings):
+    folder, _, _ = run
+    with pytest.raises(SystemExit, match=told):
+        operating_points.main([str(folder), f"--data_dir={some_recordings}", "--allow_missing_audio", *words])

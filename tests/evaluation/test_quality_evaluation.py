@@ -1,5 +1,4 @@
 import json
-import os
 
 import numpy as np
 import pandas as pd
@@ -57,12 +56,13 @@ from modeling_qlung.evaluation.quality_measures import (
     weighted_auroc,
     weighted_average_precision,
 )
-from modeling_qlung.evaluation.quality_recordings import Recordings, choose, load
+from modeling_qlung.evaluation.quality_recordings import POOR, Recordings, choose, load
 from modeling_qlung.evaluation.quality_scores import SCORES, Fitted, Score, measure
 from modeling_qlung.evaluation.quality_tables import to_markdown
 from modeling_qlung.filterbank_qlung import KaldiFilterbank
 from modeling_qlung.quality_qlung import entropy_and_rms, fit_statistics, quality_score
 from modeling_qlung.training.quality import OWN_NOISE
+from tests import sprsound
 
 RATE = 16000
 LABELS = ("Normal", "CAS", "DAS", "Poor Quality")
@@ -682,28 +682,36 @@ def test_what_is_left_of_a_recording_joins_without_a_click():
 # ---- The whole ----
 
 
+def fewer(monkeypatch):
+    """Two recordings, and draws of noise, for each experiment."""
+    for number in ("GOOD_RECORDINGS", "POOR_RECORDINGS", "NAMED", "ALONE"):
+        monkeypatch.setattr(quality, number, 2)
+
+
 def test_everything_is_measured_drawn_and_tabulated(tmp_path, monkeypatch):
     recordings, simulated = made_recordings(5), made_recordings(4, seed=1)
     simulated.table["snr_db"] = np.linspace(5, 30, 16)
     monkeypatch.setattr(quality, "load", lambda name, data_dir: {"all": simulated})
-    monkeypatch.setattr(quality, "GOOD_RECORDINGS", 2)
+    fewer(monkeypatch)
     scores = {
         "loud": score_of(lambda waveform: 1 / (1 + 50 * rms(waveform)), probability=True),
         "entropy_rms": SCORES["entropy_rms"],
     }
-    splits = {"train": recordings, "test_inter": made_recordings(5, seed=2), "test_intra": made_recordings(5, seed=4)}
+    without_poor = made_recordings(5, seed=4)
+    without_poor = without_poor.take(np.flatnonzero(~without_poor.poor))
+    splits = {"train": recordings, "test_inter": made_recordings(5, seed=2), "test_intra": without_poor}
     results = quality.evaluate(scores, splits, made_recordings(4, seed=3), tmp_path)
     assert results["label_test_inter"]["loud"]["auroc"]["mean"] == 1.0
     assert results["label"]["loud"]["calibration"]["ece"] > 0
     assert "calibration" not in results["label"]["entropy_rms"]
     assert np.ptp(results["noise"]["loud"]["white"]["mean"]) < 1e-3  # noise changes no recording's loudness
-    assert results["alone"]["loud"]["crying"] == {"n": 20, "mean": pytest.approx(1 / 3.5, abs=1e-3), "passing": 0.0}
+    assert results["alone"]["loud"]["crying"] == {"n": 2, "mean": pytest.approx(1 / 3.5, abs=1e-3), "passing": 0.0}
     said = {name: about["reasons"]["broadband noise"] for name, about in results["reasons"].items()}
     assert said == {"poor": 1.0, "usable": 1.0}  # all of them are noise
     assert [about["n"] for about in results["reasons"].values()] == [5, 5]
     json.dumps(results, allow_nan=False)
     text = to_markdown(results)
-    assert [found["n"] for found in results["faults"].values()] == [15] * len(OWN_NOISE)
+    assert [found["n"] for found in results["faults"].values()] == [2] * len(OWN_NOISE)
     assert "| broadband noise | 100 % |" in text
     assert text.count("## ") == 12
     assert "| `loud` | 1.000 ± 0.000 | [1.00, 1.00] | 1.000 ± 0.000 | [1.00, 1.00] |" in text
@@ -719,31 +727,11 @@ def test_everything_is_measured_drawn_and_tabulated(tmp_path, monkeypatch):
     assert imread(tmp_path / "quality_recordings_loud.png").shape[1] == 1400
 
 
-def link_sprsound(real, root, recordings, inter_test=()):
-    """A folder like SPRSound's with links to some training recordings, a few of them as the inter-subject test."""
-    source = real / "BioCAS2022"
-    splits = {"train2022_wav": ("train2022_json", recordings)}
-    splits |= {"test2022_wav": ("test2022_json/inter_test_json", inter_test)} if inter_test else {}
-    for audio, (annotations, names) in splits.items():
-        folders = [root / "BioCAS2022" / audio, root / "BioCAS2022" / annotations]
-        for folder in folders:
-            folder.mkdir(parents=True)
-        for name in names:
-            os.symlink(source / "train2022_wav" / f"{name}.wav", folders[0] / f"{name}.wav")
-            os.symlink(source / "train2022_json" / f"{name}.json", folders[1] / f"{name}.json")
-
-
-def annotated(real):
-    """{recording's name: it is poor}, of every training recording."""
-    paths = sorted((real / "BioCAS2022" / "train2022_json").glob("*.json"))
-    return {path.stem: json.loads(path.read_text())["record_annotation"] == "Poor Quality" for path in paths}
-
-
-def of_children_with_both(poor, number):
+def of_children_with_both(root, number):
     """Recordings of each of some children that have a few, some of them poor."""
     children = {}
-    for name, is_poor in poor.items():
-        children.setdefault(name.split("_")[0], {})[name] = is_poor
+    for name, annotation in sprsound.annotations(root).items():
+        children.setdefault(name.split("_")[0], {})[name] = annotation == POOR
     mixed = [list(own) for own in children.values() if any(own.values()) and not all(own.values()) and len(own) <= 6]
     return mixed[:number]
 
@@ -752,9 +740,9 @@ def of_children_with_both(poor, number):
 def real_recordings(real_sprsound, tmp_path_factory):
     """Every poor recording and a quarter of the others."""
     root = tmp_path_factory.mktemp("sprsound")
-    poor = annotated(real_sprsound)
-    usable = [name for name, is_poor in poor.items() if not is_poor]
-    link_sprsound(real_sprsound, root, [*usable[::4], *(name for name, is_poor in poor.items() if is_poor)])
+    called = sprsound.annotations(real_sprsound)
+    poor, usable = ([name for name in called if (called[name] == POOR) is wanted] for wanted in (True, False))
+    sprsound.link(real_sprsound, root, usable[::4] + poor)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", root / "cache")
         return load("sprsound", str(root), allow_missing_audio=True)["train"]
@@ -762,13 +750,12 @@ def real_recordings(real_sprsound, tmp_path_factory):
 
 @pytest.mark.slow
 def test_command_on_real_recordings(tmp_path, monkeypatch, capsys, real_sprsound):
-    *children, one, other = of_children_with_both(annotated(real_sprsound), 10)
-    link_sprsound(real_sprsound, tmp_path, [name for own in children for name in own], one + other)
-    monkeypatch.setattr(quality, "GOOD_RECORDINGS", 2)
-    monkeypatch.setattr(quality, "POOR_RECORDINGS", 2)
+    *children, one, other = of_children_with_both(real_sprsound, 10)
+    sprsound.link(real_sprsound, tmp_path, [name for own in children for name in own], one + other)
+    fewer(monkeypatch)
     monkeypatch.setattr("modeling_qlung.training.quality.FOLDS", 3)
-    load_any, fewer = hf_datasets.load, {"simulated": {"recordings_per_patient": 2}}
-    monkeypatch.setattr(hf_datasets, "load", lambda name, *a, **b: load_any(name, *a, **b, **fewer.get(name, {})))
+    load_any, few = hf_datasets.load, {"simulated": {"recordings_per_patient": 2}}
+    monkeypatch.setattr(hf_datasets, "load", lambda name, *a, **b: load_any(name, *a, **b, **few.get(name, {})))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "out"
     arguments = ["--data_dir", str(tmp_path), "--output_dir", str(folder), "--allow_missing_audio"]

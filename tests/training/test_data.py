@@ -203,6 +203,22 @@ def test_controls_of_quality_reach_the_training_cycles_alone(simulated):
     )
 
 
+def test_the_learned_quality_is_computed_once_until_its_parameters_change(simulated, tmp_path, monkeypatch):
+    extractor = QLungFeatureExtractor(duration=1.0, quality_score="learned")
+    train, computed, of_one = decode_cycles(simulated["train"], 16000), [], QLungFeatureExtractor.quality
+    monkeypatch.setattr(QLungFeatureExtractor, "quality", lambda *of: computed.append(of_one(*of)) or computed[-1])
+    measured = score_quality(extractor, train)
+    assert measured.tolist() == computed
+    assert len(computed) == 20
+    extractor.mean, extractor.std = 1.0, 2.0
+    extractor.save_pretrained(tmp_path)
+    assert score_quality(extractor, train).tolist() == computed
+    assert len(computed) == 20
+    output = {**extractor.quality_parameters["output"], "bias": 0.0}
+    extractor.quality_parameters = {**extractor.quality_parameters, "output": output}
+    assert score_quality(extractor, train).tolist() == computed[20:] != computed[:20]
+
+
 def test_devices_are_indices_and_an_unknown_one_is_none_of_them(simulated):
     decoded = decode_cycles(simulated["train"], 16000)
     names = sorted(set(decoded["device"][:]))

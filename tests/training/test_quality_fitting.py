@@ -23,7 +23,6 @@ from modeling_qlung.quality_qlung import (
 )
 from modeling_qlung.training import quality
 from modeling_qlung.training.quality import (
-    ALONE_DRAWS,
     ASIDE,
     CHANNELS,
     COPIES,
@@ -50,7 +49,6 @@ from modeling_qlung.training.quality import (
     print_ceiling,
     simulated_powers,
     train,
-    write,
 )
 
 RECORDINGS = 48
@@ -66,6 +64,19 @@ def sound(usable: bool, seed: int, seconds: float = 4.0) -> np.ndarray:
     swell = np.sin(np.pi * (np.arange(number) / 16000 / 1.5 + rng.random())) ** 2 if usable else 0.5
     made = np.fft.irfft(spectrum, number) * (0.05 + swell)
     return (0.03 * made / made.std()).astype(np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_draws():
+    """Fewer simulated recordings and noises than a fit takes: rendering them takes longest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quality, "SIMULATED", 8)
+        patch.setattr(quality, "ALONE_DRAWS", 2)
+        for rendered in (simulated_powers, noise_powers):
+            rendered.cache_clear()
+        yield
+    for rendered in (simulated_powers, noise_powers):
+        rendered.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +136,7 @@ def test_copies_are_the_recordings_own_and_come_out_the_same_again(recordings, e
 
 
 def test_simulated_recordings_differ_in_noise_alone():
-    ladders = simulated_powers(4)
+    ladders = simulated_powers()
     assert all(len(ladder) == len(SIMULATED_SNR_DB) for ladder in ladders)
     quietest = torch.stack([relative_levels(ladder).quantile(0.05, dim=2).mean(dim=1) for ladder in ladders])
     assert (quietest.diff(dim=1) > 0).float().mean() > 0.9  # pauses fill up
@@ -145,7 +156,15 @@ def test_more_noise_is_to_lower_the_logit_by_a_step_at_least():
 
 def test_events_are_those_of_usable_recordings_in_frames(examples):
     assert [bool(example.events) for example in examples] == [example.usable for example in examples]
-    assert examples[1].events == [Event("Normal", 15, 40), Event(examples[1].events[1].type, 62, 79)]
+    assert examples[1].events == [Event("Normal", 15, 40), Event("Wheeze", 62, 79)]
+
+
+def test_of_equal_samples_each_keeps_its_own_label_and_events(recordings):
+    table = recordings.table.iloc[[0, 1]].reset_index(drop=True)
+    unusable, usable = make_examples(Recordings(2 * [recordings.waveforms[0]], table))
+    assert [example.usable for example in (unusable, usable)] == [False, True]
+    assert [len(example.events) for example in (unusable, usable)] == [0, 2]
+    assert torch.equal(unusable.noisy, usable.noisy)
 
 
 def counting(number, frames, usable, events=()):
@@ -202,7 +221,7 @@ def test_little_noise_keeps_the_label_and_much_noise_is_unusable(monkeypatch: py
 def test_noise_alone_is_unusable_in_place_of_any_recording(event_share: float, monkeypatch: pytest.MonkeyPatch):
     as_recorded(monkeypatch, event_share)
     powers = noise_powers()
-    assert len(powers) == ALONE_DRAWS * len(NOISES)
+    assert len(powers) == 2 * len(NOISES)
     assert all(one.shape == (LEVEL_BANDS, LONGEST - 1) for one in powers)
     assert len({float(one.sum()) for one in powers}) == len(powers)  # all draws differ
     monkeypatch.setattr(quality, "ALONE_SHARE", 0.3)
@@ -375,15 +394,34 @@ def test_thresholds_lie_between_good_recordings_and_their_degraded_copies():
     assert thresholds["no breathing heard"] < -5
 
 
-def test_what_is_written_is_read_again(tmp_path: Path):
-    parameters = QualityNetwork().eval().export()
-    thresholds = {"too quiet": 60.0, "mains hum": 7.25}
+def test_the_command_writes_the_fit_as_a_module(
+    recordings: Recordings,
+    folds: np.ndarray,
+    fitted: tuple[dict, np.ndarray],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(quality, "draw_folds", lambda usable, patients: folds)
     path = tmp_path / "written.py"
-    write(parameters, thresholds, path)
+    monkeypatch.setattr(quality, "load", lambda name, data_dir: {"train": recordings})
+    quality.main(["--data_dir", str(tmp_path), "--output", str(path)])
+    assert "48 recordings, 16 poor (33.3%); written to" in capsys.readouterr().out
     assert max(map(len, path.read_text().splitlines())) <= 120
     spec = importlib.util.spec_from_file_location("written", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (parameters, thresholds) == (module.QUALITY_PARAMETERS, module.REASON_THRESHOLDS)
+    parameters, _ = fitted
+    assert parameters == module.QUALITY_PARAMETERS
+    usable = [waveform for waveform, poor in zip(recordings.waveforms, recordings.poor, strict=True) if not poor]
+    assert module.REASON_THRESHOLDS.keys() == fit_reasons(usable[:1]).keys()
+
+
+def test_the_command_says_what_is_missing_before_it_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        quality.main(["--data_dir", str(tmp_path), "--output", str(tmp_path / "no" / "written.py")])
+    assert "there is no such folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="BioCAS2022"):
+        quality.main(["--data_dir", str(tmp_path), "--output", str(tmp_path / "written.py")])
