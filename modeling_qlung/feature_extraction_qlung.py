@@ -246,7 +246,7 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         waveform = self._validated(waveform)
         if self.quality_score == "learned":
             levels = quality_levels(waveform, self.sampling_rate)
-            return learned_quality(levels, self.quality_parameters)
+            return learned_quality(levels, self.quality_parameters or {})
         entropy, rms = entropy_and_rms(waveform, self.sampling_rate)
         return quality_score(entropy, rms, self.quality_normalization, self.quality_statistics)
 

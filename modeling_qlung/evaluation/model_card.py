@@ -184,6 +184,9 @@ def build_model_card(run: RunDescription) -> str:
     return f"---\n{_header(run).to_yaml()}\n---\n\n{body}\n"
 
 
+WHOLE_RECORDINGS = "## In whole recordings"
+
+
 def describe_operating_points(points: OperatingPoints) -> str:
     """Write the card's section on whole recordings."""
     scores = ("AUROC", "sensitivity", "specificity")
@@ -197,7 +200,7 @@ def describe_operating_points(points: OperatingPoints) -> str:
     header = ["| of | | abnormal | normal | AUROC % | Se % | Sp % |", "|---|---|---:|---:|---:|---:|---:|"]
     table = "\n".join([*header, *rows])
     return (
-        "## In whole recordings\n\n"
+        f"{WHOLE_RECORDINGS}\n\n"
         f"`LungSoundAnalyzer` {'brings a recording to one level, ' if points.level else ''}slides windows of "
         f"{points.window:g} s over {'it' if points.level else 'a recording'}, {points.hop:g} s apart, and "
         f"marks what reaches P(abnormal) = {points.threshold:g}. {points.about} There are "

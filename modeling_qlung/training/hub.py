@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
-from ..evaluation.model_card import RunDescription, describe_operating_points
+from ..evaluation.model_card import WHOLE_RECORDINGS, RunDescription, describe_operating_points
 from ..inference.operating_points import FILE_NAME as OPERATING_POINTS
 from ..inference.operating_points import OperatingPoints
 
@@ -49,6 +49,7 @@ def run_files(run_dir: Path, repo_id: str) -> dict[str, Path | bytes]:
         raise FileNotFoundError(f"{run_dir} is no run that has ended, it lacks {lacking}: run it to its end first")
     card = (run_dir / "README.md").read_text(encoding="utf-8").replace(RunDescription.repo_id, repo_id)
     if OPERATING_POINTS in found:
+        card, _, _ = card.partition(f"\n{WHOLE_RECORDINGS}\n")  # of a run that was published before
         card = f"{card}\n{describe_operating_points(OperatingPoints.from_file(found[OPERATING_POINTS]))}\n"
     return {**files, **found, "README.md": card.encode()}
 

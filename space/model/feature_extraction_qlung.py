@@ -37,7 +37,8 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         feature_size (`int`, *optional*): number of mel bands. Defaults to the front end's (128; 64 for CLAP).
         sampling_rate (`int`, *optional*):
             Rate of the waveforms, in Hz. Defaults to the front end's (16000; 48000 for CLAP, which takes no other).
-        padding_value (`float`, *optional*, defaults to 0.0): unused here, kept by Transformers.
+        padding_value (`float`, *optional*, defaults to 0.0):
+            What follows an item's own frames in a batch of several `durations`; a clip's own padding is `padding`.
         front_end (`str`, *optional*, defaults to `"kaldi"`):
             `"kaldi"` for an AST, `"clap"` for CLAP's audio tower: see [`KaldiFilterbank`] and [`ClapFilterbank`].
         duration (`float`, *optional*, defaults to 8.0):
@@ -245,8 +246,7 @@ class QLungFeatureExtractor(SequenceFeatureExtractor):
         waveform = self._validated(waveform)
         if self.quality_score == "learned":
             levels = quality_levels(waveform, self.sampling_rate)
-            parameters = self.quality_parameters
-            return learned_quality(levels, QUALITY_PARAMETERS if parameters is None else parameters)
+            return learned_quality(levels, self.quality_parameters or {})
         entropy, rms = entropy_and_rms(waveform, self.sampling_rate)
         return quality_score(entropy, rms, self.quality_normalization, self.quality_statistics)
 

@@ -30,7 +30,7 @@ FRAME_LENGTH_S = 0.032
 LEVEL_BANDS = 24
 LEVEL_FRAME_S = 0.032
 LEVEL_RANGE_DB = (-25.0, 50.0)  # about the recording's own level in the band
-SHORTEST_FRAMES = 62  # 2 s: what the last layer sees at once
+SHORTEST_FRAMES = 62  # 2 s: the last layer sees 68 at once
 SHORTEST_S = 2.0  # to find reasons in
 REASON_FRAME_S = 0.016
 

@@ -99,6 +99,8 @@ def test_a_run_in_half_precision_opens_as_float32_and_answers_alike(run_dir, tmp
     assert "| patients kept apart | recordings | 1,200 | 3 | 50.0 | 50.0 (25.0–75.0) | 50.0 (25.0–75.0) |" in card
     assert "windows of 1.5 s" in card
     assert LungSoundAnalyzer.from_pretrained(folder).window == 0.5, "no longer than the model's input"
+    main([str(folder), str(tmp_path / "again" / "model")])
+    assert (tmp_path / "again" / "model" / "README.md").read_text() == card
 
 
 def test_what_is_no_run_is_neither_read_nor_overwritten(run_dir, tmp_path):
