@@ -17,11 +17,11 @@ from numpy.typing import ArrayLike, NDArray
 from .risk_coverage import RiskCoverage
 from .tasks import FOUR_CLASS, Task
 
-_INK, _MUTED, _GRID = "#22313f", "#6b7b8c", "#e6eaee"
+INK, MUTED, _GRID = "#22313f", "#6b7b8c", "#e6eaee"
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 _BLUE, _ORANGE, _GREEN, _PURPLE, _SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9"
 # Of categories; the first class is the normal one, and recedes.
-_CATEGORIES = ("#9aa7b3", _BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, "#e69f00")
+CATEGORIES = ("#9aa7b3", _BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, "#e69f00")
 
 
 def plot_confusion_matrix(confusion: ArrayLike, class_names: Sequence[str], path: str | Path, title: str) -> None:
@@ -38,12 +38,12 @@ def plot_confusion_matrix(confusion: ArrayLike, class_names: Sequence[str], path
     """
     counts = _checked_confusion(confusion, class_names)
     size = len(class_names)
-    figure = Figure(figsize=(1.9 + 1.0 * size, 1.3 + 0.8 * size), layout=_layout())
+    figure = Figure(figsize=(1.9 + 1.0 * size, 1.3 + 0.8 * size), layout=figure_layout())
     axes = figure.add_subplot()
     _draw_confusion(axes, counts, class_names)
-    axes.set_xlabel("predicted", color=_MUTED)
-    axes.set_ylabel("true", color=_MUTED)
-    axes.set_title(title, loc="left", color=_INK, weight="bold", pad=12)
+    axes.set_xlabel("predicted", color=MUTED)
+    axes.set_ylabel("true", color=MUTED)
+    axes.set_title(title, loc="left", color=INK, weight="bold", pad=12)
     figure.savefig(path, dpi=160)
 
 
@@ -67,16 +67,18 @@ def plot_confusion_matrices(
     counts = {name: _checked_confusion(confusion, class_names) for name, confusion in confusions.items()}
     columns = min(len(counts), 3 if size <= 5 else 2)
     lines = -(-len(counts) // columns)
-    figure = Figure(figsize=(0.8 + columns * (0.4 + 0.75 * size), 0.9 + lines * (0.9 + 0.62 * size)), layout=_layout())
+    figure = Figure(
+        figsize=(0.8 + columns * (0.4 + 0.75 * size), 0.9 + lines * (0.9 + 0.62 * size)), layout=figure_layout()
+    )
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
     for number, (name, matrix) in enumerate(counts.items()):
         _draw_confusion(grid[number], matrix, class_names, percent_size=11, first_column=number % columns == 0)
-        grid[number].set_title(name, loc="left", color=_INK, fontsize=11)
+        grid[number].set_title(name, loc="left", color=INK, fontsize=11)
     for axes in grid[len(counts) :]:
         axes.set_axis_off()
-    figure.supxlabel("predicted", color=_MUTED, fontsize=10)
-    figure.supylabel("true", color=_MUTED, fontsize=10)
-    figure.suptitle(title, x=0.01, ha="left", color=_INK, weight="bold")
+    figure.supxlabel("predicted", color=MUTED, fontsize=10)
+    figure.supylabel("true", color=MUTED, fontsize=10)
+    figure.suptitle(title, x=0.01, ha="left", color=INK, weight="bold")
     figure.savefig(path, dpi=160)
 
 
@@ -94,7 +96,7 @@ def plot_training_curves(log_history: Sequence[dict[str, Any]], path: str | Path
         ValueError: the log holds neither a loss nor a score.
     """
     losses = {
-        "loss": ("training", _MUTED, "-", 1.3),
+        "loss": ("training", MUTED, "-", 1.3),
         "eval_loss": ("evaluation", _BLUE, "-", 2.2),
     }
     panels = [
@@ -105,10 +107,10 @@ def plot_training_curves(log_history: Sequence[dict[str, Any]], path: str | Path
     if not panels:
         raise ValueError(f"{path}: the log has no loss and no score in its {len(log_history)} entries; nothing to draw")
 
-    figure = Figure(figsize=(5.4 * len(panels), 3.8), layout=_layout())
+    figure = Figure(figsize=(5.4 * len(panels), 3.8), layout=figure_layout())
     for axes, (title, lines, limits) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw_lines(axes, log_history, lines)
-        axes.set_title(title, loc="left", color=_INK, weight="bold")
+        axes.set_title(title, loc="left", color=INK, weight="bold")
         axes.set_ylim(limits if limits else (0, None))
     figure.savefig(path, dpi=160)
 
@@ -160,27 +162,27 @@ def plot_benchmark(lines: Sequence[ScoreLine], path: str | Path, title: str, sco
     """
     if not lines:
         raise ValueError(f"{path}: there are no rows to draw")
-    figure = Figure(figsize=(9, 1.9 + 0.42 * len(lines)), layout=_layout())
+    figure = Figure(figsize=(9, 1.9 + 0.42 * len(lines)), layout=figure_layout())
     axes = figure.add_subplot()
     rule = next((line.mean for line in lines if line.name == baseline), None)
     if rule is not None:
-        axes.axvline(rule, color=_MUTED, linewidth=1, dashes=(4, 3), zorder=1)
+        axes.axvline(rule, color=MUTED, linewidth=1, dashes=(4, 3), zorder=1)
     for height, line in enumerate(lines):
         _draw_score(axes, height, line)
     axes.set_yticks(range(len(lines)), [line.name for line in lines])
     axes.set_ylim(len(lines) - 0.4, -0.6)
-    axes.set_xlabel(f"{score}, percent", color=_MUTED)
-    _quiet(axes)
-    axes.tick_params(axis="y", colors=_INK, labelsize=10)
-    axes.set_title(title, loc="left", color=_INK, weight="bold", pad=10)
+    axes.set_xlabel(f"{score}, percent", color=MUTED)
+    quiet(axes)
+    axes.tick_params(axis="y", colors=INK, labelsize=10)
+    axes.set_title(title, loc="left", color=INK, weight="bold", pad=10)
     shown = {
         "mean ± sd over seeds": _mean_mark(),
-        "95 % interval of the mean": Line2D([], [], color=_INK, linewidth=1.2),
+        "95 % interval of the mean": Line2D([], [], color=INK, linewidth=1.2),
         "published": None if all(line.published is None for line in lines) else _published_mark(),
-        f"baseline, {baseline}": None if rule is None else Line2D([], [], color=_MUTED, linewidth=1, dashes=(4, 3)),
+        f"baseline, {baseline}": None if rule is None else Line2D([], [], color=MUTED, linewidth=1, dashes=(4, 3)),
     }
     labels, handles = zip(*[(label, mark) for label, mark in shown.items() if mark is not None], strict=True)
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=_INK, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK, fontsize=9)
     figure.savefig(path, dpi=160)
 
 
@@ -211,18 +213,18 @@ def plot_sensitivity(
     """
     order = np.argsort(values)
     x, y, sd = (np.array(part, dtype=float)[order] for part in (values, means, deviations))  # no deviation is NaN
-    figure = Figure(figsize=(5.6, 3.8), layout=_layout())
+    figure = Figure(figsize=(5.6, 3.8), layout=figure_layout())
     axes = figure.add_subplot()
     if x[0] > 0 and x[-1] >= 8 * x[0]:
         axes.set_xscale("log")
     axes.errorbar(x, y, yerr=sd, color=_BLUE, marker="o", linewidth=1.8, elinewidth=1.2, capsize=3)
     axes.set_xticks(x, [f"{value:g}" for value in x])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(option, color=_MUTED)
-    axes.set_ylabel(f"{score}, percent", color=_MUTED)
+    axes.set_xlabel(option, color=MUTED)
+    axes.set_ylabel(f"{score}, percent", color=MUTED)
     axes.margins(y=0.15)
-    _quiet(axes)
-    axes.set_title(title, loc="left", color=_INK, weight="bold", pad=10)
+    quiet(axes)
+    axes.set_title(title, loc="left", color=INK, weight="bold", pad=10)
     figure.savefig(path, dpi=160)
 
 
@@ -247,8 +249,8 @@ def plot_quality_histogram(
         raise ValueError(f"{path}: {scores.shape} scores for {classes.shape} labels; give one each, and at least one")
     if not ((scores >= 0) & (scores <= 1)).all():
         raise ValueError(f"{path}: scores from {scores.min()} to {scores.max()}; they must be in [0, 1]")
-    colours = _colours(class_names, path)
-    figure = Figure(figsize=(7.6, 3.9), layout=_layout())
+    colours = colours_of(class_names, path)
+    figure = Figure(figsize=(7.6, 3.9), layout=figure_layout())
     axes = figure.add_subplot()
     edges = np.linspace(0, 1, 26)
     for index, name in enumerate(class_names):
@@ -260,11 +262,11 @@ def plot_quality_histogram(
         axes.stairs(share, edges, color=colours[name], linewidth=2, label=label)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, None)
-    axes.set_xlabel("quality score", color=_MUTED)
-    axes.set_ylabel("percent of the class", color=_MUTED)
-    _quiet(axes)
-    axes.legend(frameon=False, labelcolor=_INK, fontsize=9, title="mean ± sd", alignment="left")
-    axes.set_title(title, loc="left", color=_INK, weight="bold", pad=10)
+    axes.set_xlabel("quality score", color=MUTED)
+    axes.set_ylabel("percent of the class", color=MUTED)
+    quiet(axes)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9, title="mean ± sd", alignment="left")
+    axes.set_title(title, loc="left", color=INK, weight="bold", pad=10)
     figure.savefig(path, dpi=160)
 
 
@@ -281,21 +283,21 @@ def plot_risk_coverage(curves: Mapping[str, RiskCoverage], path: str | Path, tit
     """
     if not curves:
         raise ValueError(f"{path}: there are no curves to draw")
-    colours = _colours(list(curves), path, _CATEGORIES[1:])
-    figure = Figure(figsize=(5.6, 3.9), layout=_layout())
+    colours = colours_of(list(curves), path, CATEGORIES[1:])
+    figure = Figure(figsize=(5.6, 3.9), layout=figure_layout())
     axes = figure.add_subplot()
     for name, curve in curves.items():
         label = f"{name} (area {100 * curve.area:.1f})"
         axes.plot(100 * curve.coverage, 100 * curve.risk, color=colours[name], linewidth=1.8, label=label)
     whole = 100 * next(iter(curves.values())).risk[-1]
-    axes.axhline(whole, color=_MUTED, linewidth=1.2, linestyle="--", label=f"chance (area {whole:.1f})")
+    axes.axhline(whole, color=MUTED, linewidth=1.2, linestyle="--", label=f"chance (area {whole:.1f})")
     axes.set_xlim(0, 100)
     axes.set_ylim(0, None)
-    axes.set_xlabel("answered, percent", color=_MUTED)
-    axes.set_ylabel("wrong among them, percent", color=_MUTED)
-    _quiet(axes)
-    axes.legend(frameon=False, labelcolor=_INK, fontsize=9, title="the surest first, by", alignment="left")
-    axes.set_title(title, loc="left", color=_INK, weight="bold", pad=10)
+    axes.set_xlabel("answered, percent", color=MUTED)
+    axes.set_ylabel("wrong among them, percent", color=MUTED)
+    quiet(axes)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9, title="the surest first, by", alignment="left")
+    axes.set_title(title, loc="left", color=INK, weight="bold", pad=10)
     figure.savefig(path, dpi=160)
 
 
@@ -335,22 +337,22 @@ def plot_embedding_map(
             "least"
         )
     panels = [
-        ("class", [class_names[index] for index in classes], _colours(class_names, path)),
-        (grouped_by, list(groups), _colours(sorted(set(groups)), path, _CATEGORIES[::-1])),
+        ("class", [class_names[index] for index in classes], colours_of(class_names, path)),
+        (grouped_by, list(groups), colours_of(sorted(set(groups)), path, CATEGORIES[::-1])),
     ]
     places = TSNE(perplexity=min(30.0, (len(points) - 1) / 3), init="pca", random_state=seed).fit_transform(points)
     order = np.random.default_rng(seed).permutation(len(points))  # else the last group hides the others
-    figure = Figure(figsize=(10, 5.4), layout=_layout())
+    figure = Figure(figsize=(10, 5.4), layout=figure_layout())
     for axes, (heading, names, colours) in zip(figure.subplots(1, 2), panels, strict=True):
         size = float(np.clip(12000 / len(points), 6, 40))
         axes.scatter(*places[order].T, s=size, c=[colours[names[i]] for i in order], alpha=0.75, linewidths=0)
         marks = [Line2D([], [], color=c, marker="o", linestyle="", label=n) for n, c in colours.items() if n in names]
-        axes.legend(handles=marks, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, frameon=False, labelcolor=_INK)
-        axes.set_title(f"by {heading}", loc="left", color=_INK, fontsize=11)
+        axes.legend(handles=marks, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=4, frameon=False, labelcolor=INK)
+        axes.set_title(f"by {heading}", loc="left", color=INK, fontsize=11)
         axes.set(xticks=[], yticks=[])
         axes.set_aspect("equal", adjustable="datalim")
         axes.spines[:].set_color(_GRID)
-    figure.suptitle(title, x=0.01, ha="left", color=_INK, weight="bold")
+    figure.suptitle(title, x=0.01, ha="left", color=INK, weight="bold")
     figure.savefig(path, dpi=160)
 
 
@@ -389,7 +391,7 @@ def plot_attention(
     expected = tuple((size - patch_size) // stride + 1 for size, stride in zip(sizes, strides, strict=True))
     if weights.shape != expected:
         raise ValueError(f"{path}: attention of shape {weights.shape}, but features of {sizes} have {expected} patches")
-    figure = Figure(figsize=(9, 5.6), layout=_layout())
+    figure = Figure(figsize=(9, 5.6), layout=figure_layout())
     panels = figure.subplots(2, 1, sharex=True, sharey=True)
     seconds = sizes[0] * frame_shift
     image = panels[0].imshow(
@@ -409,22 +411,23 @@ def plot_attention(
     )
     figure.colorbar(image, ax=panels[1], label="attention, times the mean")
     for axes, heading in zip(panels, ("spectrogram", "attention of the last layer"), strict=True):
-        axes.set_title(heading, loc="left", color=_INK, fontsize=11)
-        axes.set_ylabel("frequency", color=_MUTED)
-        axes.tick_params(length=0, colors=_MUTED)
+        axes.set_title(heading, loc="left", color=INK, fontsize=11)
+        axes.set_ylabel("frequency", color=MUTED)
+        axes.tick_params(length=0, colors=MUTED)
         axes.spines[:].set_visible(False)
     ticks = [hertz for hertz in (250, 500, 1000, 2000, 4000, 8000, 16000) if low_hz < hertz <= sampling_rate / 2]
-    position = (_mel(ticks) - _mel(low_hz)) / (_mel(sampling_rate / 2) - _mel(low_hz)) * (sizes[1] + 1) - 0.5
+    position = (to_mel(ticks) - to_mel(low_hz)) / (to_mel(sampling_rate / 2) - to_mel(low_hz)) * (sizes[1] + 1) - 0.5
     names = [f"{hertz} Hz" if hertz < 1000 else f"{hertz // 1000} kHz" for hertz in ticks]
     panels[0].set_yticks(position, names)
     panels[0].set_ylim(0, sizes[1])
     panels[1].set_xlim(0, seconds)
-    panels[1].set_xlabel("time, seconds", color=_MUTED)
-    figure.suptitle(title, x=0.01, ha="left", color=_INK, weight="bold")
+    panels[1].set_xlabel("time, seconds", color=MUTED)
+    figure.suptitle(title, x=0.01, ha="left", color=INK, weight="bold")
     figure.savefig(path, dpi=160)
 
 
-def _layout() -> ConstrainedLayoutEngine:
+def figure_layout() -> ConstrainedLayoutEngine:
+    """Give every figure's margins, in inches."""
     return ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.15)
 
 
@@ -446,7 +449,7 @@ def _draw_confusion(
         style: dict[str, Any] = {
             "ha": "center",
             "va": "center",
-            "color": "white" if share[row, column] > 0.55 else _INK,
+            "color": "white" if share[row, column] > 0.55 else INK,
         }
         percent = f"{100 * share[row, column]:.1f} %" if support[row] else "–"
         axes.text(column, row - 0.08, percent, fontsize=percent_size, weight="bold", **style)
@@ -458,7 +461,7 @@ def _draw_confusion(
     axes.set_xticks(np.arange(1, size) - 0.5, minor=True)
     axes.set_yticks(np.arange(1, size) - 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=2.5)
-    axes.tick_params(which="both", length=0, colors=_INK)
+    axes.tick_params(which="both", length=0, colors=INK)
     axes.spines[:].set_visible(False)
 
 
@@ -468,7 +471,7 @@ def _draw_score(axes: Axes, height: int, line: ScoreLine) -> None:
             ends = [line.mean - line.sd, line.mean + line.sd]
             axes.plot(ends, [height] * 2, color=_BLUE, linewidth=6, alpha=0.35, solid_capstyle="butt", zorder=2)
         if line.interval is not None:
-            axes.plot(line.interval, [height] * 2, color=_INK, linewidth=1.2, zorder=3)
+            axes.plot(line.interval, [height] * 2, color=INK, linewidth=1.2, zorder=3)
         axes.plot(line.mean, height, "o", color=_BLUE, markersize=8, zorder=4)
     if line.published is not None:
         axes.add_line(_published_mark(line.published, height))
@@ -487,22 +490,28 @@ def _mean_mark() -> tuple[Line2D, Line2D]:
     )
 
 
-def _quiet(axes: Axes) -> None:
+def quiet(axes: Axes) -> None:
     """Leave of an axis what is read from it."""
     axes.grid(color=_GRID)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=_MUTED)
+    axes.tick_params(length=0, colors=MUTED)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(_GRID)
 
 
-def _colours(names: Sequence[str], path: str | Path, palette: Sequence[str] = _CATEGORIES) -> dict[str, str]:
+def colours_of(names: Sequence[str], path: str | Path, palette: Sequence[str] = CATEGORIES) -> dict[str, str]:
+    """Give each name its colour.
+
+    Raises:
+        ValueError: there are more names than colours; the message names the figure's `path`.
+    """
     if len(names) > len(palette):
         raise ValueError(f"{path}: {len(names)} categories, more than the {len(palette)} colours: merge some")
     return dict(zip(names, palette, strict=False))
 
 
-def _mel(hertz: ArrayLike) -> NDArray:
+def to_mel(hertz: ArrayLike) -> NDArray:
+    """Give frequencies in Hz on Kaldi's mel scale, in the shape given."""
     return 1127.0 * np.log1p(np.asarray(hertz, dtype=float) / 700.0)
 
 
@@ -513,11 +522,11 @@ def _draw_lines(axes: Axes, log_history: Sequence[dict[str, Any]], lines: dict[s
             # A single evaluation is a point, which a line alone would not show.
             marker = "o" if len(epochs) == 1 else None
             axes.plot(epochs, values, style, color=colour, linewidth=width, marker=marker, label=label)
-    axes.set_xlabel("epoch", color=_MUTED)
+    axes.set_xlabel("epoch", color=MUTED)
     axes.set_xlim(0, None)
     axes.xaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
-    _quiet(axes)
-    axes.legend(frameon=False, labelcolor=_INK, fontsize=9)
+    quiet(axes)
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 
 
 def _curve(log_history: Sequence[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ..filterbank_qlung import KaldiFilterbank
-from .plots import _CATEGORIES, _INK, _MUTED, _colours, _layout, _mel, _quiet
+from .plots import CATEGORIES, INK, MUTED, colours_of, figure_layout, quiet, to_mel
 from .quality_measures import calibration, weighted_auroc
 
 _BANDS, _LOW_HZ, _HIGH_HZ = 80, 20.0, 4000.0
@@ -37,11 +37,11 @@ def plot_discrimination(qualities: Mapping[str, NDArray], poor: NDArray, path: P
     Raises:
         ValueError: there are more scores than colours.
     """
-    colours = _colours(list(qualities), path, _CATEGORIES[1:])
-    figure = Figure(figsize=(9.6, 4.6), layout=_layout())
+    colours = colours_of(list(qualities), path, CATEGORIES[1:])
+    figure = Figure(figsize=(9.6, 4.6), layout=figure_layout())
     roc, reliability = figure.subplots(1, 2)
     for axes in (roc, reliability):
-        axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=1, dashes=(4, 3))
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, dashes=(4, 3))
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     for name, quality in qualities.items():
         order = np.argsort(quality[0], kind="stable")
@@ -55,8 +55,8 @@ def plot_discrimination(qualities: Mapping[str, NDArray], poor: NDArray, path: P
         reliability.plot(*places, color=colours[name], linewidth=1.2)
         reliability.scatter(*places, s=sizes, color=colours[name], zorder=3)
     _finish(roc, "Poor recordings found", "usable recordings called poor", "poor recordings called poor")
-    legend = roc.legend(frameon=False, labelcolor=_INK, fontsize=9, title="AUROC", alignment="left", loc="lower right")
-    legend.get_title().set_color(_INK)
+    legend = roc.legend(frameon=False, labelcolor=INK, fontsize=9, title="AUROC", alignment="left", loc="lower right")
+    legend.get_title().set_color(INK)
     _finish(reliability, "Reliability", "score", "share that clinicians call usable")
     figure.savefig(path, dpi=160)
 
@@ -71,11 +71,11 @@ def plot_monotonicity(results: Mapping[str, Any], path: Path) -> None:
     Raises:
         ValueError: there are more scores than colours.
     """
-    colours = _colours(list(results), path, _CATEGORIES[1:])
+    colours = colours_of(list(results), path, CATEGORIES[1:])
     kinds = next(iter(results.values()))
     columns = 5
     rows = -(-len(kinds) // columns)
-    figure = Figure(figsize=(13.2, 2.7 * rows + 0.4), layout=_layout())
+    figure = Figure(figsize=(13.2, 2.7 * rows + 0.4), layout=figure_layout())
     panels = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
     for axes, (kind, found) in zip(panels, kinds.items(), strict=False):
         for name, of_score in results.items():
@@ -87,9 +87,9 @@ def plot_monotonicity(results: Mapping[str, Any], path: Path) -> None:
         axes.tick_params(axis="x", labelsize=8)
     for axes in panels[len(kinds) :]:
         axes.set_axis_off()
-    figure.supylabel("mean score (–: as recorded)", color=_MUTED, fontsize=10)
+    figure.supylabel("mean score (–: as recorded)", color=MUTED, fontsize=10)
     handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, labelcolor=_INK)
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK)
     figure.savefig(path, dpi=140)
 
 
@@ -101,15 +101,15 @@ def plot_devices(qualities: Mapping[str, Mapping[str, Mapping[str, NDArray]]], p
         path: image file to write.
     """
     units = list(next(iter(qualities.values())))
-    figure = Figure(figsize=(9.6, 0.6 + 2.4 * len(qualities)), layout=_layout())
+    figure = Figure(figsize=(9.6, 0.6 + 2.4 * len(qualities)), layout=figure_layout())
     grid = figure.subplots(len(qualities), len(units), squeeze=False, sharey=True)
     rng = np.random.default_rng(0)
     for row, (name, of_units) in zip(grid, qualities.items(), strict=True):
         for axes, (unit, devices) in zip(row, of_units.items(), strict=True):
             names = [f"{device}\nn = {len(scores):,}" for device, scores in devices.items()]
-            lines = {part: {"color": _INK} for part in ("boxprops", "whiskerprops", "capprops", "medianprops")}
+            lines = {part: {"color": INK} for part in ("boxprops", "whiskerprops", "capprops", "medianprops")}
             axes.boxplot(list(devices.values()), tick_labels=names, whis=(5, 95), showfliers=False, widths=0.6, **lines)
-            for place, (scores, colour) in enumerate(zip(devices.values(), _CATEGORIES[1:], strict=False), start=1):
+            for place, (scores, colour) in enumerate(zip(devices.values(), CATEGORIES[1:], strict=False), start=1):
                 spread = place + rng.uniform(-0.2, 0.2, len(scores))
                 axes.scatter(spread, scores, s=8, color=colour, alpha=0.5, linewidths=0)
             axes.set_ylim(-0.02, 1.02)
@@ -126,24 +126,24 @@ def plot_recordings(best: Sequence[Shown], worst: Sequence[Shown], path: Path, s
         path: image file to write.
         score: its name.
     """
-    figure = Figure(figsize=(14, 5.8), layout=_layout())
+    figure = Figure(figsize=(14, 5.8), layout=figure_layout())
     grid = figure.subplots(2, len(best), squeeze=False, sharey=True)
     ticks = [100, 250, 500, 1000, 2000, 4000]
     for row, heading, recordings in zip(grid, ("highest", "lowest"), (best, worst), strict=True):
         for axes, shown in zip(row, recordings, strict=True):
             image, seconds = _log_mel(shown.waveform)
-            extent = (0, seconds, _mel(_LOW_HZ), _mel(_HIGH_HZ))
+            extent = (0, seconds, to_mel(_LOW_HZ), to_mel(_HIGH_HZ))
             low, high = np.percentile(image, [5, 99.8])
             look: dict[str, Any] = {"origin": "lower", "aspect": "auto", "cmap": "magma", "interpolation": "nearest"}
             axes.imshow(image, extent=extent, vmin=low, vmax=high, **look)
-            axes.set_yticks(_mel(ticks), [f"{t} Hz" if t < 1000 else f"{t // 1000} kHz" for t in ticks])
-            axes.tick_params(length=0, colors=_MUTED)
+            axes.set_yticks(to_mel(ticks), [f"{t} Hz" if t < 1000 else f"{t // 1000} kHz" for t in ticks])
+            axes.tick_params(length=0, colors=MUTED)
             axes.spines[:].set_visible(False)
-            axes.set_title(f"{shown.quality:.2f}: {shown.label}", loc="left", color=_INK, fontsize=10)
-        row[0].set_ylabel(heading, color=_INK, fontsize=11)
+            axes.set_title(f"{shown.quality:.2f}: {shown.label}", loc="left", color=INK, fontsize=10)
+        row[0].set_ylabel(heading, color=INK, fontsize=11)
     title = f"Highest and lowest by {score}, of children not seen in fitting: score, and what clinicians said"
-    figure.suptitle(title, x=0.01, ha="left", color=_INK, weight="bold")
-    figure.supxlabel("seconds", color=_MUTED, fontsize=10)
+    figure.suptitle(title, x=0.01, ha="left", color=INK, weight="bold")
+    figure.supxlabel("seconds", color=MUTED, fontsize=10)
     figure.savefig(path, dpi=100)
 
 
@@ -153,13 +153,13 @@ def _log_mel(waveform: NDArray) -> tuple[NDArray, float]:
     padded = np.pad(waveform, (0, max(0, _FRAMES * filterbank.hop_length + filterbank.frame_length - len(waveform))))
     energies = filterbank(torch.from_numpy(padded)[None])[0].numpy()
     frames = len(energies) // _FRAMES
-    shown = round(_BANDS * float((_mel(_HIGH_HZ) - _mel(_LOW_HZ)) / (_mel(8000.0) - _mel(_LOW_HZ))))
+    shown = round(_BANDS * float((to_mel(_HIGH_HZ) - to_mel(_LOW_HZ)) / (to_mel(8000.0) - to_mel(_LOW_HZ))))
     blocks = energies[: frames * _FRAMES, :shown].reshape(frames, _FRAMES, shown)
     return blocks.mean(axis=1).T, frames * _FRAMES * filterbank.hop_length / filterbank.sampling_rate
 
 
 def _finish(axes: Axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, loc="left", color=_INK, fontsize=11)
-    axes.set_xlabel(x, color=_MUTED)
-    axes.set_ylabel(y, color=_MUTED)
-    _quiet(axes)
+    axes.set_title(title, loc="left", color=INK, fontsize=11)
+    axes.set_xlabel(x, color=MUTED)
+    axes.set_ylabel(y, color=MUTED)
+    quiet(axes)
