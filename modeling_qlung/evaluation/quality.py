@@ -40,11 +40,12 @@ from .quality_measures import (
     removal,
 )
 from .quality_recordings import RATE, Recordings, choose, load
-from .quality_scores import SCORES, Fitted, Score, measure
+from .quality_scores import SCORES, Fitted, Score, find_score, measure
 from .quality_tables import to_markdown
 
 logger = logging.getLogger(__name__)
 
+MOST_SCORES = 6  # there are as many colours
 GOOD_RECORDINGS, POOR_RECORDINGS = 100, 50  # that are degraded and changed; of as many children as there are
 NAMED = 40  # good recordings that are given faults
 ALONE, ALONE_S, ALONE_RMS = 20, 10, 0.05  # draws of noise without a recording, how long, how loud
@@ -416,7 +417,7 @@ def evaluate(
     """Measure everything of every score, and draw it.
 
     Args:
-        scores: by name, at most six.
+        scores: by name, at most `MOST_SCORES`.
         splits: SPRSound's: `train`, and the tests that are there.
         icbhi: recordings of ICBHI, where its stethoscopes are to be compared.
         folder: for the figures.
@@ -479,7 +480,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dataset", choices=["sprsound"], default="sprsound", help="whose labels are the truth")
     parser.add_argument("--data_dir", help="folder that holds BioCAS2022; left out: downloaded")
     parser.add_argument("--icbhi_dir", help="folder that holds ICBHI_final_database: compares its stethoscopes too")
-    parser.add_argument("--score", nargs="+", choices=list(SCORES), default=list(SCORES), help="scores to measure")
+    parser.add_argument(
+        "--score",
+        nargs="+",
+        default=list(SCORES),
+        help=f"what to measure: {', '.join(SCORES)}, or your own, MODULE:FUNCTION (a waveform at 16 kHz to its score)",
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("runs/quality_score"))
     parser.add_argument("--allow_missing_audio", action="store_true", help="work on the recordings that are there")
     args = parser.parse_args(argv)
@@ -487,11 +493,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.setLevel(logging.INFO)
 
     try:
+        scores = dict(map(find_score, args.score))
+        if len(scores) < len(args.score) or len(scores) > MOST_SCORES:
+            raise ValueError(f"--score {' '.join(args.score)}: give at most {MOST_SCORES}, each by a name of its own")
         splits = load(args.dataset, args.data_dir, args.allow_missing_audio)
         icbhi = load("icbhi", args.icbhi_dir, args.allow_missing_audio)["all"] if args.icbhi_dir else None
     except (OSError, ValueError) as error:
         raise SystemExit(str(error)) from error
-    results = evaluate({name: SCORES[name] for name in args.score}, splits, icbhi, args.output_dir)
+    results = evaluate(scores, splits, icbhi, args.output_dir)
     text = json.dumps(results, indent=2, allow_nan=False)
     (args.output_dir / "quality.json").write_text(text + "\n", encoding="utf-8")
     print(to_markdown(results))

@@ -1,5 +1,6 @@
 """Quality scores as they are measured: refitted in every fold, on recordings of other children."""
 
+import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,10 @@ PASSING = 0.95  # of the usable recordings, at one of the gates
 Predict = Callable[[Sequence[Any]], NDArray]
 
 
+def _as_measured(recordings: Recordings, measured: Sequence[Any], folds: NDArray) -> Predict:
+    return np.array
+
+
 @dataclass(frozen=True)
 class Score:
     """
@@ -27,13 +32,13 @@ class Score:
         measure: maps a waveform (samples,), mono float32 at 16 kHz as recorded, to what the score is computed from.
         fit: maps recordings, what was measured of each and the number of the fold it is in (n,), for what needs parts
             of its own, to a function from measurements of m recordings to their scores (m,) in [0, 1], high for good
-            recordings.
+            recordings. Left out: what was measured is the score, which learns nothing.
         probability: the score claims to be the probability that a recording is usable.
         repeats: how often the folds are drawn anew, with as many seeds; fewer where fitting takes long.
     """
 
     measure: Callable[[NDArray], Any]
-    fit: Callable[[Recordings, Sequence[Any], NDArray], Predict]
+    fit: Callable[[Recordings, Sequence[Any], NDArray], Predict] = _as_measured
     probability: bool = False
     repeats: int = 5
 
@@ -55,6 +60,29 @@ SCORES: dict[str, Score] = {
 }
 
 
+def find_score(text: str) -> tuple[str, Score]:
+    """Give the score of a name in `SCORES`, or of MODULE:NAME, a [`Score`] or a function from waveforms to scores.
+
+    Returns:
+        What it is called, and the score.
+
+    Raises:
+        ValueError: there is no such score, module or name, or it is neither.
+    """
+    if text in SCORES:
+        return text, SCORES[text]
+    module, colon, name = text.partition(":")
+    if not colon:
+        raise ValueError(f"there is no score {text!r}: take {', '.join(SCORES)}, or your own as MODULE:FUNCTION")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{text}: {error}") from error
+    if not (isinstance(found, Score) or callable(found)):
+        raise ValueError(f"{text} is {type(found).__name__}: give a function from waveforms to scores, or a Score")
+    return name, found if isinstance(found, Score) else Score(found)
+
+
 class Fitted:
     """
     A score fitted in every fold of some recordings, and on all of them.
@@ -64,6 +92,9 @@ class Fitted:
         score: the score.
         recordings: with a `record_label`.
         measured: what was measured of each recording.
+
+    Raises:
+        ValueError: a score is not within [0, 1].
 
     Its `threshold` balances poor recordings refused and usable ones passed; `gates` are thresholds by name. Both are
     chosen on the scores that recordings have while their child is held out.
@@ -87,6 +118,9 @@ class Fitted:
                 quality[unseen] = function(_at(measured, unseen))
                 if seed == 0:
                     self._functions.append(function)
+        if not ((self.out_of_fold >= 0) & (self.out_of_fold <= 1)).all():
+            low, high = self.out_of_fold.min(), self.out_of_fold.max()
+            raise ValueError(f"{name} gives scores from {low:.4g} to {high:.4g}: they must be within [0, 1]")
         self.on_others = fit(np.arange(len(usable)), self.folds[0])
         own = self.out_of_fold[0]
         self.threshold = best_threshold(own, ~usable)

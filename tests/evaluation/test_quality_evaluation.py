@@ -727,6 +727,38 @@ def test_everything_is_measured_drawn_and_tabulated(tmp_path, monkeypatch):
     assert imread(tmp_path / "quality_recordings_loud.png").shape[1] == 1400
 
 
+def test_the_command_measures_a_function_of_ones_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text(
+        "import numpy\nfrom modeling_qlung.evaluation.quality_scores import Score\n"
+        "def loudness(waveform):\n    return float(abs(waveform).mean())\n"
+        "fitted = Score(loudness, lambda recordings, measured, folds: lambda unseen: numpy.full(len(unseen), 0.5))\n"
+        "louder = lambda waveform: 100 * loudness(waveform)\n"
+        "number = 3\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    fewer(monkeypatch)
+    recordings, simulated = made_recordings(5), made_recordings(4, seed=1)
+    simulated.table["snr_db"] = np.linspace(5, 30, 16)
+    monkeypatch.setattr(quality, "load", lambda name, *_: {"train": recordings, "all": simulated})
+    out = ["--output_dir", str(tmp_path / "out"), "--score"]
+    quality.main([*out, "mine:loudness", "mine:fitted"])
+    told = json.loads((tmp_path / "out" / "quality.json").read_text())["label"]
+    assert told["loudness"]["auroc"]["mean"] == 0.0, "poor ones are louder"
+    assert told["fitted"]["auroc"]["mean"] == 0.5
+    assert "| `loudness` | 0.000 ± 0.000 |" in capsys.readouterr().out
+    for words, message in (
+        (["loudness"], "there is no score 'loudness': take entropy_rms, .*learned, or your own as MODULE:FUNCTION"),
+        (["nothing_here:loudness"], "nothing_here:loudness: No module named 'nothing_here'"),
+        (["mine:quality"], "mine:quality: module 'mine' has no attribute 'quality'"),
+        (["mine:number"], "mine:number is int: give a function from waveforms to scores, or a Score"),
+        (["mine:loudness", "mine:loudness"], "give at most 6, each by a name of its own"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            quality.main([*out, *words])
+    with pytest.raises(ValueError, match=r"louder gives scores from 0\.\d+ to \d+\.\d+: they must be within \[0, 1\]"):
+        quality.main([*out, "mine:louder"])
+
+
 def of_children_with_both(root, number):
     """Recordings of each of some children that have a few, some of them poor."""
     children = {}
