@@ -643,6 +643,9 @@ def benchmark(argv: list[str]) -> None:
         words = [*row.arguments, *shared, f"--seed={seed}", f"--inspect_cycles={args.inspect_cycles}"]
         words += [] if fold is None else [f"--fold={fold}"]
         recipe, arguments = parse(words)  # a row that cannot run is refused before any runs
+        data_dir = arguments[0].data_dir
+        if data_dir is not None and not Path(data_dir).is_dir():
+            raise SystemExit(f"--data_dir {data_dir}: there is no such folder.")
         if arguments[3].push_to_hub:
             raise SystemExit(
                 "--benchmark uploads nothing: choose a run, and give its command and --output_dir with --push_to_hub."

@@ -71,6 +71,8 @@ def read(
     for split, (audio, annotations) in present.items():
         splits[split] = _read_part(root / audio, root / annotations, continuous_as_wheeze)
         _check(split, splits[split], root / annotations, allow_missing)
+    if not any(splits.values()):
+        raise FileNotFoundError(f"{root} holds folders, and no annotated recording in them. {_by_hand()}")
     return splits
 
 

@@ -185,11 +185,15 @@ def analyze(recording: str, threshold: float | None = None, annotation: str | No
 
 
 def compare(first: str, second: str, threshold: float | None = None) -> dict[str, Any]:
-    """Analyze two recordings, and give the difference of their summaries, the second less the first."""
+    """Analyze two recordings, and give the difference of their summaries, the second less the first.
+
+    `can_tell` is false where either recording cannot be judged, and the difference is then of no use.
+    """
     analyses = [analyze(recording, threshold) for recording in (first, second)]
     before, after = (analysis["summary"] for analysis in analyses)
     difference = {name: round(after[name] - before[name], 6) for name in before}
-    return {"first": analyses[0], "second": analyses[1], "difference": difference}
+    can_tell = all(analysis["can_tell"] for analysis in analyses)
+    return {"first": analyses[0], "second": analyses[1], "difference": difference, "can_tell": can_tell}
 
 
 def verdict(analysis: Analysis) -> str:
@@ -247,7 +251,8 @@ def _span_table(analysis: Analysis) -> str:
     ]
     if not rows:
         return ""
-    table = figures.table(["place", "time, s", "sound", "P(sound)", "P(any)"], rows, "Places marked")
+    caption = "Places marked" if analysis.can_tell else "Places marked, not to be relied on"
+    table = figures.table(["place", "time, s", "sound", "P(sound)", "P(any)"], rows, caption)
     return (
         f'{table}<p class="q-note">P(sound): mean probability of that sound. P(any): highest of any abnormal one.</p>'
     )
@@ -375,8 +380,11 @@ def side_by_side(first: str | None, second: str | None) -> tuple[str, str, str]:
 
 def _comparison(first: Analysis, second: Analysis) -> str:
     pair = (first.summary, second.summary)
-    rows = [["time marked", *(f"{100 * summary['share_abnormal']:.0f} %" for summary in pair)]]
-    rows.append(["any abnormal sound, highest probability", *(f"{summary['abnormal']:.2f}" for summary in pair)])
+    rows = [
+        ["can be judged", *("yes" if analysis.can_tell else "no" for analysis in (first, second))],
+        ["time marked", *(f"{100 * summary['share_abnormal']:.0f} %" for summary in pair)],
+        ["any abnormal sound, highest probability", *(f"{summary['abnormal']:.2f}" for summary in pair)],
+    ]
     rows += [
         [f"{wording.sounds(name)}, highest probability", *(f"{summary[name]:.2f}" for summary in pair)]
         for index, name in enumerate(first.classes)

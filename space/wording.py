@@ -14,6 +14,11 @@ _ADVICE = {
     "mains hum": "away from mains cables",
     "handling noise": "without moving the stethoscope",
 }
+_GROUPS = {
+    "sprsound:test_intra": "SPRSound’s intra-subject test",
+    "sprsound:test_inter": "SPRSound’s inter-subject test",
+    "icbhi:test": "ICBHI’s test",
+}
 _SOUNDS = {"crackle": "crackles", "wheeze": "wheezes", "both": "crackles with wheezes"}
 
 
@@ -50,6 +55,8 @@ def caution(analysis: Analysis) -> str:
     """Say what the verdict does not mean."""
     if not analysis.can_tell:
         advice = next((_ADVICE[reason] for reason in analysis.reasons if reason in _ADVICE), "in a quiet room")
+        if not analysis.spans:
+            return f"That nothing is marked says nothing: record again, {advice}."
         return f"What the model marked is drawn below all the same. Do not rely on it: record again, {advice}."
     if not analysis.spans:
         return "This does not mean that the lungs are healthy: sounds may be missed, or absent where it was recorded."
@@ -76,14 +83,14 @@ def operating_point(points: OperatingPoints | None, threshold: float) -> str:
 def evidence(points: OperatingPoints) -> str:
     """Say how well the model told abnormal from normal recordings of each group it was measured on, if of any."""
     told = [
-        f"{_percent(part['recordings']['AUROC'][0])} of {part['of']}"
+        f"{_percent(part['recordings']['AUROC'][0])} of {_GROUPS.get(part['of'], part['of'])}"
         for part in points.scores
         if part["recordings"]["AUROC"][0] is not None
     ]
     if not told:
         return ""
     return (
-        "It ranked a recording with an abnormal sound above one without (AUROC; a coin has 50 %) in: "
+        "It ranked a recording with an abnormal sound above one without (AUROC; a coin has 50 %, less is no use) in: "
         f"{', '.join(told)}. On people and stethoscopes unlike these, expect no better."
     )
 

@@ -496,6 +496,10 @@ def test_unlabelled_events_are_predicted_counted_and_never_scored(some_of_sprsou
         (["quickstart", "--mix_beta=2"], "--mix_beta is no option of the objective supervised"),
         (["--benchmark", "quickstart,rho", "--seeds", "1"], "'quickstart,rho': 'rho' is not option=value"),
         (
+            ["--benchmark", "study", "--seeds", "1", "--data_dir=/nowhere"],
+            "--data_dir /nowhere: there is no such folder",
+        ),
+        (
             ["--benchmark", "quickstart", "--seeds", "1", "--baseline=ce"],
             "--baseline ce is none of the rows quickstart",
         ),

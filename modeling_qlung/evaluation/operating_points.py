@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         options = yaml.safe_load((args.run / "recipe.yaml").read_text(encoding="utf-8"))
         predictions = read_predictions(args.run / "predictions.parquet")
-    except FileNotFoundError as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise SystemExit(f"{args.run} holds no run that has ended: {error}") from error
     validation = predictions[predictions["split"] == "validation"]
     if validation.empty:
@@ -294,16 +294,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     analyzer.hop = min(analyzer.hop, analyzer.window) if args.hop is None else args.hop
     if not 0 < analyzer.hop <= analyzer.window <= extractor.duration:
         raise SystemExit(
-            f"--hop {analyzer.hop:g} --window {analyzer.window:g}: a hop is at most a window, and a window at most the "
-            f"{extractor.duration:g} s that the model takes."
+            f"--hop {analyzer.hop:g} --window {analyzer.window:g}: a hop is above 0 and at most a window, and a window "
+            f"at most the {extractor.duration:g} s that the model takes."
         )
+    if not 0 <= args.quality_threshold <= 1:
+        raise SystemExit(f"--quality_threshold {args.quality_threshold:g}: give one from 0 to 1.")
     analyzer.quality_threshold, analyzer.level = args.quality_threshold, options.get("level")
     parts = [f"{options.get('dataset', 'icbhi')}:train", *options.get("also_train", ())]
     try:
         recordings = load_recordings(parts, args.data_dir, args.allow_missing_audio)
         measured_on = {part: load_recordings([part], args.data_dir, args.allow_missing_audio) for part in args.on}
     except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+        raise SystemExit(str(error).replace("allow_missing_audio=True", "--allow_missing_audio")) from error
     kept_apart = set(validation["patient_id"])
     apart = np.array([patient in kept_apart for patient in recordings["patient_id"][:]])
     trained_on = [DATASETS[part.partition(":")[0]] for part in parts]

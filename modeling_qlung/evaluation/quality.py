@@ -25,7 +25,7 @@ from hf_datasets.labels import EVENT_TYPES
 from ..inference import resample
 from ..quality_parameters_qlung import REASON_THRESHOLDS
 from ..quality_qlung import quality_reasons
-from ..training.quality import OWN_NOISE
+from ..training.quality import OWN_NOISE, load_sprsound
 from .noises import DEGRADATIONS, NOISES, UNSEEN, UNSEEN_NOISES, degrade, synthesize
 from .quality_figures import Shown, plot_devices, plot_discrimination, plot_monotonicity, plot_recordings
 from .quality_measures import (
@@ -428,6 +428,7 @@ def evaluate(
     """
     folder.mkdir(parents=True, exist_ok=True)
     train = splits["train"]
+    logger.info("fitting in every fold, and telling poor recordings ...")
     measured = measure(train.waveforms, scores.values())
     fitted = [Fitted(name, score, train, measured[score.measure]) for name, score in scores.items()]
     results = {"label": tells_poor(fitted, train)}
@@ -493,13 +494,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.setLevel(logging.INFO)
 
     try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
         scores = dict(map(find_score, args.score))
         if len(scores) < len(args.score) or len(scores) > MOST_SCORES:
             raise ValueError(f"--score {' '.join(args.score)}: give at most {MOST_SCORES}, each by a name of its own")
-        splits = load(args.dataset, args.data_dir, args.allow_missing_audio)
         icbhi = load("icbhi", args.icbhi_dir, args.allow_missing_audio)["all"] if args.icbhi_dir else None
     except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+        raise SystemExit(str(error).replace("allow_missing_audio=True", "--allow_missing_audio")) from error
+    splits = load_sprsound(args.data_dir, args.allow_missing_audio)
     results = evaluate(scores, splits, icbhi, args.output_dir)
     text = json.dumps(results, indent=2, allow_nan=False)
     (args.output_dir / "quality.json").write_text(text + "\n", encoding="utf-8")

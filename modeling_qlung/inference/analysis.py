@@ -148,11 +148,12 @@ class Analysis:
         }
 
     def to_csv(self) -> str:
-        """Give the spans as a table, a row each: `start_s,end_s,label,probability,peak`, as in [`Span`]."""
+        """Give the spans as a table, a row each: `start_s,end_s,label,probability,peak` of [`Span`], and `can_tell`."""
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["start_s", "end_s", "label", "probability", "peak"])
+        writer.writerow(["start_s", "end_s", "label", "probability", "peak", "can_tell"])
         for span in self.spans:
-            times, shares = (span.start, span.end), (span.probability, span.peak)
-            writer.writerow([*(f"{time:.3f}" for time in times), span.label, *(f"{share:.4f}" for share in shares)])
+            times = [f"{time:.3f}" for time in (span.start, span.end)]
+            shares = [f"{share:.4f}" for share in (span.probability, span.peak)]
+            writer.writerow([*times, span.label, *shares, self.can_tell])
         return table.getvalue()

@@ -424,7 +424,15 @@ def _augmented(
 
 
 def draw_folds(usable: NDArray, patients: NDArray, seed: int = 0) -> NDArray:
-    """Draw which of `FOLDS` folds each recording (n,) is in: patients are kept apart, poor recordings spread evenly."""
+    """Draw which of `FOLDS` folds each recording (n,) is in: patients are kept apart, poor recordings spread evenly.
+
+    Raises:
+        ValueError: there are fewer than `FOLDS` usable recordings, poor ones or patients.
+    """
+    counts = {"usable recordings": usable.sum(), "poor ones": (~usable).sum(), "patients": len(set(patients))}
+    if min(counts.values()) < FOLDS:
+        there = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise ValueError(f"There are {there}: {FOLDS} folds take {FOLDS} of each at least.")
     folds = np.empty(len(usable), dtype=int)
     splits = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(usable, usable, patients)
     for number, (_, unseen) in enumerate(splits):
@@ -587,6 +595,22 @@ def print_ceiling(examples: Sequence[Example], patients: NDArray) -> None:
 # ---- The command ----
 
 
+def load_sprsound(data_dir: str | None, allow_missing_audio: bool) -> dict[str, Recordings]:
+    """Read SPRSound's splits as [`load`] does, for a command.
+
+    Raises:
+        SystemExit: it cannot be read, or its training part is not there, or too little of it for `FOLDS` folds.
+    """
+    try:
+        splits = load("sprsound", data_dir, allow_missing_audio)
+        if "train" not in splits:
+            raise FileNotFoundError(f"{data_dir} holds no training recordings of SPRSound, only {', '.join(splits)}.")
+        draw_folds(~splits["train"].poor, splits["train"].patients)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error).replace("allow_missing_audio=True", "--allow_missing_audio")) from error
+    return splits
+
+
 def write(parameters: dict[str, Any], thresholds: dict[str, float], path: Path) -> None:
     """Write the module that the published files import."""
     numbers = "\n".join(textwrap.wrap(json.dumps(parameters), 116, break_long_words=False, break_on_hyphens=False))
@@ -608,14 +632,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--ceiling", action="store_true", help="write nothing, but show larger networks and fewer children"
     )
-    parser.add_argument("--output", type=Path, default=Path(quality_parameters_qlung.__file__), help="file to write")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(quality_parameters_qlung.__file__),
+        help="Python file to write; left out: that of this package, whose parameters are replaced",
+    )
+    parser.add_argument("--allow_missing_audio", action="store_true", help="work on the recordings that are there")
     args = parser.parse_args(argv)
-    if not args.output.parent.is_dir():
-        parser.error(f"--output {args.output}: there is no such folder")
-    try:
-        recordings = load("sprsound", args.data_dir)["train"]
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    if not args.output.parent.is_dir() or args.output.is_dir():
+        parser.error(f"--output {args.output}: give a file in a folder that is there")
+    recordings = load_sprsound(args.data_dir, args.allow_missing_audio)["train"]
     examples, usable = make_examples(recordings), ~recordings.poor
     if args.ceiling:
         print_ceiling(examples, recordings.patients)

@@ -196,6 +196,12 @@ def test_recordings_without_annotation_and_those_without_a_label_are_left_out(ru
 
 
 def test_a_folder_without_a_run_and_one_without_validation_patients_are_named(tmp_path, run):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path, tmp_path / "file"):
+        with pytest.raises(SystemExit, match="holds no run that has ended"):
+            operating_points.main([str(folder)])
+    (tmp_path / "predictions.parquet").write_text("no table")
+    (tmp_path / "recipe.yaml").write_text("seed: 1\n")
     with pytest.raises(SystemExit, match="holds no run that has ended"):
         operating_points.main([str(tmp_path)])
     folder, _, _ = run
@@ -210,7 +216,8 @@ def test_a_folder_without_a_run_and_one_without_validation_patients_are_named(tm
     ("words", "told"),
     [
         (["--window", "2"], "--hop 0.5 --window 2: .* a window at most the 1 s that the model takes"),
-        (["--hop", "0.6", "--window", "0.5"], "--hop 0.6 --window 0.5: a hop is at most a window"),
+        (["--quality_threshold", "7"], "--quality_threshold 7: give one from 0 to 1"),
+        (["--hop", "0.6", "--window", "0.5"], "--hop 0.6 --window 0.5: a hop is above 0 and at most a window"),
         (["--hop", "0"], "--hop 0 --window 1"),
         (["--on", "sprsound"], "sprsound: give DATASET:SPLIT, such as sprsound:test_intra"),
         (["--on", "sprsound:test"], "unknown split of sprsound 'test': choose from all, train"),

@@ -739,7 +739,8 @@ def test_the_command_measures_a_function_of_ones_own(tmp_path, monkeypatch, caps
     fewer(monkeypatch)
     recordings, simulated = made_recordings(5), made_recordings(4, seed=1)
     simulated.table["snr_db"] = np.linspace(5, 30, 16)
-    monkeypatch.setattr(quality, "load", lambda name, *_: {"train": recordings, "all": simulated})
+    monkeypatch.setattr(quality, "load", lambda name, *_: {"all": simulated})
+    monkeypatch.setattr("modeling_qlung.training.quality.load", lambda *_: {"train": recordings})
     out = ["--output_dir", str(tmp_path / "out"), "--score"]
     quality.main([*out, "mine:loudness", "mine:fitted"])
     told = json.loads((tmp_path / "out" / "quality.json").read_text())["label"]

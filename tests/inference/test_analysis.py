@@ -102,6 +102,7 @@ def test_json_and_csv_hold_what_is_there():
     assert (content["duration"], content["threshold"], content["can_tell"]) == (2.75, 0.5, True)
     rows = list(csv.DictReader(io.StringIO(ANALYSIS.to_csv())))
     times = {"start_s": "0.500", "end_s": "1.500"}
-    assert rows[0] == {**times, "label": "crackle", "probability": "0.5500", "peak": f"{ANALYSIS.spans[0].peak:.4f}"}
+    shares = {"probability": "0.5500", "peak": f"{ANALYSIS.spans[0].peak:.4f}"}
+    assert rows[0] == {**times, "label": "crackle", **shares, "can_tell": "True"}
     assert len(rows) == 3
-    assert ANALYSIS.at(1.0).to_csv() == "start_s,end_s,label,probability,peak\n"
+    assert ANALYSIS.at(1.0).to_csv() == "start_s,end_s,label,probability,peak,can_tell\n"

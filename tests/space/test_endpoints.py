@@ -34,6 +34,7 @@ def test_endpoints_answer_as_the_analyzer_does(address, checkpoint, record, tmp_
     assert [(span["start"], span["end"]) for span in found["spans"]] == [(0.5, 2.5)]
     found = client(address).predict(handle(path), handle(record("b.wav")), api_name="/compare")
     assert found["second"]["duration"] == 3.0
+    assert found["can_tell"] == (found["first"]["can_tell"] and found["second"]["can_tell"])
     assert found["difference"]["abnormal"] == pytest.approx(
         found["second"]["summary"]["abnormal"] - found["first"]["summary"]["abnormal"], abs=1e-5
     )

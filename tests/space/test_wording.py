@@ -59,6 +59,8 @@ def test_verdict(rows, fields, said):
 def test_nothing_marked_is_not_called_healthy():
     assert "does not mean that the lungs are healthy" in wording.caution(analysis(N))
     assert "Do not rely on it: record again, in a quiet room." in wording.caution(analysis(C, can_tell=False))
+    silent = wording.caution(analysis(N, can_tell=False, reasons=["too quiet"]))
+    assert silent == "That nothing is marked says nothing: record again, with the microphone on and held to the skin."
     clipped = analysis(C, can_tell=False, reasons=["speech or crying", "clipped"])
     assert "record again, at a lower level." in wording.caution(clipped)
 
@@ -93,4 +95,4 @@ def test_how_well_it_told_each_group_is_said(tmp_path):
         for name, value in (("patients kept apart", 0.772), ("icbhi:test", 0.333), ("one class", None))
     ]
     said = wording.evidence(replace(points, scores=scores))
-    assert "(AUROC; a coin has 50 %) in: 77 % of patients kept apart, 33 % of icbhi:test." in said
+    assert "less is no use) in: 77 % of patients kept apart, 33 % of ICBHI’s test." in said

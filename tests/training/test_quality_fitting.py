@@ -404,7 +404,7 @@ def test_the_command_writes_the_fit_as_a_module(
 ):
     monkeypatch.setattr(quality, "draw_folds", lambda usable, patients: folds)
     path = tmp_path / "written.py"
-    monkeypatch.setattr(quality, "load", lambda name, data_dir: {"train": recordings})
+    monkeypatch.setattr(quality, "load", lambda *of: {"train": recordings})
     quality.main(["--data_dir", str(tmp_path), "--output", str(path)])
     assert "48 recordings, 16 poor (33.3%); written to" in capsys.readouterr().out
     assert max(map(len, path.read_text().splitlines())) <= 120
@@ -419,9 +419,22 @@ def test_the_command_writes_the_fit_as_a_module(
     assert module.REASON_THRESHOLDS.keys() == fit_reasons(usable[:1]).keys()
 
 
+def test_too_few_recordings_for_folds_are_counted(recordings, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match=r"There are 8 usable recordings, 4 poor ones, 3 patients: 5 folds take 5 of"):
+        draw_folds(~recordings.poor[:12], recordings.patients[:12])
+    monkeypatch.setattr(quality, "load", lambda *of: {"train": recordings.take(np.arange(12))})
+    with pytest.raises(SystemExit, match="4 poor ones"):
+        quality.main([])
+    monkeypatch.setattr(quality, "load", lambda *of: {"test_intra": recordings, "all": recordings})
+    with pytest.raises(SystemExit, match="no training recordings of SPRSound, only test_intra, all"):
+        quality.main([])
+
+
 def test_the_command_says_what_is_missing_before_it_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         quality.main(["--data_dir", str(tmp_path), "--output", str(tmp_path / "no" / "written.py")])
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "give a file in a folder that is there" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        quality.main(["--data_dir", str(tmp_path), "--output", str(tmp_path)])
     with pytest.raises(SystemExit, match="BioCAS2022"):
         quality.main(["--data_dir", str(tmp_path), "--output", str(tmp_path / "written.py")])
