@@ -94,6 +94,26 @@ def add_noise(waveform: NDArray, noise: NDArray, snr_db: float) -> NDArray:
     return _as_loud(waveform + noise * 10 ** (-snr_db / 20), waveform)
 
 
+def spoil_half(waveform: NDArray, kind: str, seed: int) -> list[NDArray]:
+    """Add one kind of `NOISES` or `UNSEEN_NOISES` to the second half of a recording alone, at each of `HALF_SNR_DB`.
+
+    Args:
+        waveform: samples (n,) at 16 kHz.
+        kind: of noise.
+        seed: the same seed gives the same noise.
+
+    Returns:
+        Samples (n,), float32, at each ratio of the whole recording's power to that of the noise while it lasts, the
+        weakest noise first.
+    """
+    half = len(waveform) // 2
+    noise = np.zeros(len(waveform))
+    number = list(NOISES | UNSEEN_NOISES).index(kind)
+    noise[half:] = waveform.std() * synthesize(kind, len(waveform) - half, np.random.default_rng((seed, number)))
+    copies = (waveform + noise * 10 ** (-snr_db / 20) for snr_db in HALF_SNR_DB)
+    return [_as_loud(copy, waveform).astype(np.float32) for copy in copies]
+
+
 def clip(waveform: NDArray, percent: float) -> NDArray:
     """Flatten the loudest samples (`percent` of them) of samples (n,) at 16 kHz, and keep the recording's RMS."""
     sampled = resample(waveform, RATE, _DEVICE_RATE)
@@ -269,6 +289,7 @@ UNSEEN_NOISES: dict[str, Noise] = {
     "music": _music,
 }
 SNR_DB = (30.0, 25.0, 20.0, 15.0, 10.0, 5.0, 0.0, -5.0)
+HALF_SNR_DB = (10.0, 0.0, -10.0, -20.0, -30.0, -40.0)
 _LOST_PERCENT = (0.3, 1.0, 3.0, 10.0, 20.0, 30.0, 40.0, 50.0)
 
 

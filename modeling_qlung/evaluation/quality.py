@@ -26,7 +26,7 @@ from ..inference import resample
 from ..quality_parameters_qlung import REASON_THRESHOLDS
 from ..quality_qlung import quality_reasons
 from ..training.quality import OWN_NOISE, load_sprsound
-from .noises import DEGRADATIONS, NOISES, UNSEEN, UNSEEN_NOISES, degrade, synthesize
+from .noises import DEGRADATIONS, HALF_SNR_DB, NOISES, UNSEEN, UNSEEN_NOISES, degrade, spoil_half, synthesize
 from .quality_figures import Shown, plot_devices, plot_discrimination, plot_monotonicity, plot_recordings
 from .quality_measures import (
     calibration,
@@ -108,6 +108,26 @@ def falls_with_noise(fitted: Sequence[Fitted], recordings: Recordings) -> dict[s
         for one in fitted:
             quality = one.on_unseen(measured[one.score.measure], np.repeat(chosen, levels)).reshape(-1, levels)
             about = {"unit": degradation.unit, "levels": degradation.levels, "unseen": kind in UNSEEN, "n": len(chosen)}
+            results[one.name][kind] = {**about, **monotonicity(quality)}
+    return results
+
+
+def falls_with_noise_in_half(fitted: Sequence[Fitted], recordings: Recordings) -> dict[str, Any]:
+    """Add noise to the second half of good recordings alone, weak to loud: half a recording is not a usable one.
+
+    Returns:
+        {score: {kind: {`levels`, `n`, `passing` (share that scores one half and more at each), and `monotonicity`}}}.
+    """
+    chosen = choose(recordings, ~recordings.poor, GOOD_RECORDINGS)
+    levels = 1 + len(HALF_SNR_DB)
+    results: dict[str, Any] = {one.name: {} for one in fitted}
+    for kind in NOISES | UNSEEN_NOISES:
+        whole = ((int(index), recordings.waveforms[index]) for index in chosen)
+        copies = (copy for seed, waveform in whole for copy in (waveform, *spoil_half(waveform, kind, seed)))
+        measured = measure(copies, [one.score for one in fitted])
+        for one in fitted:
+            quality = one.on_unseen(measured[one.score.measure], np.repeat(chosen, levels)).reshape(-1, levels)
+            about = {"levels": HALF_SNR_DB, "n": len(chosen), "passing": (quality >= 0.5).mean(axis=0).tolist()}
             results[one.name][kind] = {**about, **monotonicity(quality)}
     return results
 
@@ -440,6 +460,7 @@ def evaluate(
         plot_recordings(*_extremes(one, train), folder / f"quality_recordings_{one.name}.png", one.name)
     experiments: dict[str, Callable[[], dict[str, Any]]] = {
         "noise": lambda: falls_with_noise(fitted, train),
+        "half": lambda: falls_with_noise_in_half(fitted, train),
         "alone": lambda: refuses_noise_alone(fitted),
         "simulated": lambda: follows_simulated_noise(fitted),
         "invariance": lambda: stays(fitted, train),

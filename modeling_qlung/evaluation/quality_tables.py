@@ -15,6 +15,7 @@ def to_markdown(results: Results) -> str:
         "label_test_intra": ("The same in the intra-subject test, of children not seen in fitting either", _label),
         "label_test_inter": ("The same in the inter-subject test, of other children", _label),
         "noise": ("Mean score of good recordings as they get worse", _noise),
+        "half": ("Noise in the second half alone: mean score, and share that scores 0.5 and more", _half),
         "alone": ("Noise alone, without a recording", _alone),
         "simulated": ("Simulated recordings: rank correlation of score and signal-to-noise ratio", _simulated),
         "invariance": ("What should not matter: change of the score", _invariance),
@@ -89,6 +90,18 @@ def _noise(results: Results) -> list[str]:
                 for kind, f in own.items()
             ]
             lines += [*_table(head, rows), ""]
+    return lines[:-1]
+
+
+def _half(results: Results) -> list[str]:
+    lines: list[str] = []
+    for name, kinds in results.items():
+        levels = [f"{level:g} dB".replace("-", "−") for level in next(iter(kinds.values()))["levels"]]
+        rows = [
+            [kind, *(f"{_number(m, '.2f')}, {_percent(p)}" for m, p in zip(f["mean"], f["passing"], strict=True))]
+            for kind, f in kinds.items()
+        ]
+        lines += [*_table([f"`{name}`", "as recorded", *levels], rows), ""]
     return lines[:-1]
 
 

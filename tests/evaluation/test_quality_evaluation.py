@@ -17,6 +17,7 @@ from modeling_qlung.evaluation import quality
 from modeling_qlung.evaluation.bootstrap import weighted_ci
 from modeling_qlung.evaluation.noises import (
     DEGRADATIONS,
+    HALF_SNR_DB,
     NOISES,
     SNR_DB,
     UNSEEN,
@@ -25,6 +26,7 @@ from modeling_qlung.evaluation.noises import (
     clip,
     degrade,
     drop,
+    spoil_half,
     synthesize,
 )
 from modeling_qlung.evaluation.quality import (
@@ -303,6 +305,21 @@ def test_noise_is_added_at_the_ratio_asked_for(breath, kind):
 def test_noise_of_any_level_and_offset_is_scaled(breath):
     noise = np.random.default_rng(7).standard_normal(len(breath))
     np.testing.assert_allclose(add_noise(breath, noise, 10), add_noise(breath, 30 * noise + 5, 10), atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", NOISES | UNSEEN_NOISES)
+def test_noise_in_half_is_in_the_second_half_alone(breath, kind):
+    copies, half = spoil_half(breath, kind, 1), len(breath) // 2
+    assert len(copies) == len(HALF_SNR_DB)
+    for copy, snr_db in zip(copies, HALF_SNR_DB, strict=True):
+        assert copy.dtype == np.float32
+        assert rms(copy) == pytest.approx(rms(breath), rel=1e-3)
+        gain = copy[:half] @ breath[:half] / (breath[:half] @ breath[:half])
+        np.testing.assert_allclose(copy[:half], gain * breath[:half], atol=1e-6)
+        noise = copy[half:] / gain - breath[half:]
+        assert 10 * np.log10(np.var(breath) / np.var(noise)) == pytest.approx(snr_db, abs=0.1)
+    np.testing.assert_array_equal(copies[0], spoil_half(breath, kind, 1)[0])
+    assert not np.array_equal(copies[0], spoil_half(breath, kind, 2)[0])
 
 
 @pytest.mark.parametrize("kind", DEGRADATIONS | UNSEEN)
@@ -704,7 +721,9 @@ def test_everything_is_measured_drawn_and_tabulated(tmp_path, monkeypatch):
     assert results["label_test_inter"]["loud"]["auroc"]["mean"] == 1.0
     assert results["label"]["loud"]["calibration"]["ece"] > 0
     assert "calibration" not in results["label"]["entropy_rms"]
-    assert np.ptp(results["noise"]["loud"]["white"]["mean"]) < 1e-3  # noise changes no recording's loudness
+    for part in ("noise", "half"):
+        assert np.ptp(results[part]["loud"]["white"]["mean"]) < 1e-3  # noise changes no recording's loudness
+    assert len(results["half"]["entropy_rms"]["cloth"]["passing"]) == 7
     assert results["alone"]["loud"]["crying"] == {"n": 2, "mean": pytest.approx(1 / 3.5, abs=1e-3), "passing": 0.0}
     said = {name: about["reasons"]["broadband noise"] for name, about in results["reasons"].items()}
     assert said == {"poor": 1.0, "usable": 1.0}  # all of them are noise
@@ -713,7 +732,8 @@ def test_everything_is_measured_drawn_and_tabulated(tmp_path, monkeypatch):
     text = to_markdown(results)
     assert [found["n"] for found in results["faults"].values()] == [2] * len(OWN_NOISE)
     assert "| broadband noise | 100 % |" in text
-    assert text.count("## ") == 12
+    assert text.count("## ") == 13
+    assert "| `loud` | as recorded | 10 dB | 0 dB | −10 dB | −20 dB | −30 dB | −40 dB |" in text
     assert "| `loud` | 1.000 ± 0.000 | [1.00, 1.00] | 1.000 ± 0.000 | [1.00, 1.00] |" in text
     assert "| `loud`, by signal-to-noise ratio, never fitted to |" in text
     assert "| `loud`, one half | 0.500 | 100.0 % | 0.0 % |" in text
@@ -795,7 +815,7 @@ def test_command_on_real_recordings(tmp_path, monkeypatch, capsys, real_sprsound
     quality.main([*arguments, "--score", "entropy_rms_raw", "learned"])
     printed = capsys.readouterr().out
     results = json.loads((folder / "quality.json").read_text())
-    experiments = ["noise", "alone", "simulated", "invariance", "findings", "removal", "reasons", "faults"]
+    experiments = ["noise", "half", "alone", "simulated", "invariance", "findings", "removal", "reasons", "faults"]
     assert list(results) == ["label", "label_test_inter", *experiments]
     assert results["label"]["entropy_rms_raw"]["patients"] == 8
     assert results["label_test_inter"]["learned"]["patients"] == 2
