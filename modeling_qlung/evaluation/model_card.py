@@ -433,6 +433,10 @@ def _limits(run: RunDescription) -> str:
     populations = "; and ".join(data.population for data in run.trained_on)
     there = "" if run.missing is None else " Not all of them were there: see the training data."
     others = "Expect other scores on other people, stethoscopes and places."
+    judged = (
+        "\n- The annotations are human judgements, with the disagreement that listeners have on crackles and wheezes."
+    )
+    judged = "" if set(run.datasets) == {"simulated"} else judged
     trained_on = f"- It was trained on {populations}.{there} {others}"
     return f"""\
 Made to compare methods on public benchmarks and to build research prototypes. It must not be used to diagnose, to
@@ -441,8 +445,7 @@ triage or to reassure: it was never tested in care, and no regulator has seen it
 {textwrap.fill(trained_on, 120, subsequent_indent="  ")}
 - It expects {_EXPECTED[run.unit].format(run.windows)}.
   Speech, heart sounds, handling noise and wrong cuts were not taught as such, and there is no class for them.
-- Its probabilities are a softmax and are not calibrated.
-- The annotations are human judgements, with the disagreement that listeners have on crackles and wheezes."""
+- Its probabilities are a softmax and are not calibrated.{judged}"""
 
 
 def _yaml_block(values: Mapping[str, Any]) -> str:
