@@ -433,10 +433,10 @@ def _limits(run: RunDescription) -> str:
     populations = "; and ".join(data.population for data in run.trained_on)
     there = "" if run.missing is None else " Not all of them were there: see the training data."
     others = "Expect other scores on other people, stethoscopes and places."
-    judged = (
-        "\n- The annotations are human judgements, with the disagreement that listeners have on crackles and wheezes."
-    )
-    judged = "" if set(run.datasets) == {"simulated"} else judged
+    judged = ""
+    if set(run.datasets) != {"simulated"}:
+        disagreement = "with the disagreement that listeners have on crackles and wheezes"
+        judged = f"\n- The annotations are human judgements, {disagreement}."
     trained_on = f"- It was trained on {populations}.{there} {others}"
     return f"""\
 Made to compare methods on public benchmarks and to build research prototypes. It must not be used to diagnose, to

@@ -135,7 +135,9 @@ def test_data_says_what_was_missing_and_what_its_terms_are(run):
     assert "the ICBHI 2017 database is free for research" in card
     assert "Nothing of the data was missing." in build_model_card(run)
     assert "Creative Commons Attribution" in build_model_card(replace(run, datasets=["sprsound"]))
-    assert "no patient at all" in build_model_card(replace(run, datasets=["simulated"]))
+    simulated = build_model_card(replace(run, datasets=["simulated"]))
+    assert "no patient at all" in simulated
+    assert ("human judgements" in build_model_card(run), "human judgements" in simulated) == (True, False)
 
 
 def test_a_model_of_two_datasets_names_both_and_whose_the_scores_are(run):
