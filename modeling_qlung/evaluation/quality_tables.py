@@ -90,7 +90,11 @@ def _noise(results: Results) -> list[str]:
                 for kind, f in own.items()
             ]
             lines += [*_table(head, rows), ""]
-    return lines[:-1]
+    return [
+        *lines,
+        "Spearman: rank correlation of score and level, −1 where it falls throughout, mean over recordings. Monotone: "
+        "recordings whose score nowhere rises by more than 0.01.",
+    ]
 
 
 def _half(results: Results) -> list[str]:
@@ -134,7 +138,11 @@ def _invariance(results: Results) -> list[str]:
             told = [_number(found[key], ".2f") for key in ("auroc_before", "auroc_after")]
             rows.append([kind.replace("-", "−"), str(found["n"]), *moved, _percent(found["crossing"]), *signed, *told])
         lines += [*_table([*head, "up or down: usable", "poor", "AUROC before", "after"], rows), ""]
-    return lines[:-1]
+    return [
+        *lines,
+        "Mean, 95th percentile: of the absolute change. Called otherwise: on the other side of the best balance. Up or "
+        "down: mean change of usable and of poor recordings. AUROC: how well the poor ones are told.",
+    ]
 
 
 def _findings(results: Results) -> list[str]:
