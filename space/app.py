@@ -46,7 +46,7 @@ MODEL_QUEUE: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1
 WAITING = 64  # requests
 LAUNCH: dict[str, Any] = {
     "css_paths": HERE / "style.css",
-    "theme": gr.themes.Default(primary_hue="blue", neutral_hue="slate"),
+    "theme": gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"]),
     "allowed_paths": [examples.FOLDER],
     "max_file_size": LARGEST_FILE,
     "footer_links": ["api", "gradio"],
