@@ -123,6 +123,13 @@ def test_missing_audio(small_sprsound, tmp_path, caplog):
     assert "train 3 cycles of 2 recordings (normal 1, crackle 0, wheeze 1, both 1)" in caplog.text
 
 
+def test_folders_without_any_annotation(tmp_path):
+    for folder in ("train2022_wav", "train2022_json"):
+        (tmp_path / "BioCAS2022" / folder).mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="BioCAS2022 holds folders, and no annotated recording in them"):
+        load("sprsound", tmp_path, allow_missing_audio=True, cache_dir=tmp_path / "cache")
+
+
 def test_missing_annotation(small_sprsound, tmp_path, caplog):
     (small_sprsound / "BioCAS2022" / "train2022_json" / "402_0.2_1_p4_982.json").unlink()
     with pytest.raises(FileNotFoundError, match="has 2 of the 3 annotation files of train"):
