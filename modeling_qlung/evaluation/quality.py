@@ -455,7 +455,9 @@ def evaluate(
     tests = {split: recordings for split, recordings in splits.items() if split.startswith("test")}
     for split, recordings in tests.items():
         results[f"label_{split}"] = tells_poor_of_test(fitted, train, recordings)
-    plot_discrimination({one.name: one.out_of_fold for one in fitted}, train.poor, folder / "quality_label.png")
+    probabilities = [one.name for one in fitted if one.score.probability]
+    found = {one.name: one.out_of_fold for one in fitted}
+    plot_discrimination(found, probabilities, train.poor, folder / "quality_label.png")
     for one in fitted:
         plot_recordings(*_extremes(one, train), folder / f"quality_recordings_{one.name}.png", one.name)
     experiments: dict[str, Callable[[], dict[str, Any]]] = {

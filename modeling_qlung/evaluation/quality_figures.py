@@ -1,6 +1,6 @@
 """The figures of `python -m modeling_qlung.evaluation.quality`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +26,14 @@ class Shown(NamedTuple):
     label: str
 
 
-def plot_discrimination(qualities: Mapping[str, NDArray], poor: NDArray, path: Path) -> None:
-    """Draw each score's ROC curve for "Poor Quality" (first seed) and its reliability (all seeds) as PNG.
+def plot_discrimination(
+    qualities: Mapping[str, NDArray], probabilities: Collection[str], poor: NDArray, path: Path
+) -> None:
+    """Draw ROC curves for "Poor Quality" (first seed; the area: mean over seeds) and reliability (all seeds) as PNG.
 
     Args:
         qualities: (seeds, n) scores of the same recordings, by name.
+        probabilities: names of those that claim to be probabilities: the others have no reliability.
         poor: (n,) bool.
         path: image file to write.
 
@@ -38,26 +41,29 @@ def plot_discrimination(qualities: Mapping[str, NDArray], poor: NDArray, path: P
         ValueError: there are more scores than colours.
     """
     colours = colours_of(list(qualities), path, CATEGORIES[1:])
-    figure = Figure(figsize=(9.6, 4.6), layout=figure_layout())
-    roc, reliability = figure.subplots(1, 2)
-    for axes in (roc, reliability):
+    figure = Figure(figsize=(9.6 if probabilities else 5, 4.6), layout=figure_layout())
+    roc, *others = figure.subplots(1, 2 if probabilities else 1, squeeze=False)[0]
+    for axes in (roc, *others):
         axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, dashes=(4, 3))
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     for name, quality in qualities.items():
         order = np.argsort(quality[0], kind="stable")
         last = np.r_[np.diff(quality[0][order]) > 0, True]  # equal scores are called together
         hits, alarms = (np.r_[0, (np.cumsum(part[order]) / part.sum())[last]] for part in (poor, ~poor))
-        area = float(weighted_auroc(1 - quality[0], poor, np.ones((1, len(poor))))[0])
+        area = np.mean([weighted_auroc(1 - one, poor, np.ones((1, len(poor)))) for one in quality])
         roc.plot(alarms, hits, color=colours[name], linewidth=1.8, label=f"{name}: {area:.3f}")
-        bins = calibration(quality, ~poor)["bins"]
-        sizes = [8 + 80 * part["n"] / quality.size for part in bins]
-        places = [[part[key] for part in bins] for key in ("probability", "usable")]
-        reliability.plot(*places, color=colours[name], linewidth=1.2)
-        reliability.scatter(*places, s=sizes, color=colours[name], zorder=3)
     _finish(roc, "Poor recordings found", "usable recordings called poor", "poor recordings called poor")
-    legend = roc.legend(frameon=False, labelcolor=INK, fontsize=9, title="AUROC", alignment="left", loc="lower right")
+    title = "AUROC, all folds together"
+    legend = roc.legend(frameon=False, labelcolor=INK, fontsize=9, title=title, alignment="left", loc="lower right")
     legend.get_title().set_color(INK)
-    _finish(reliability, "Reliability", "score", "share that clinicians call usable")
+    for reliability in others:
+        for name in probabilities:
+            bins = calibration(qualities[name], ~poor)["bins"]
+            sizes = [8 + 80 * part["n"] / qualities[name].size for part in bins]
+            places = [[part[key] for part in bins] for key in ("probability", "usable")]
+            reliability.plot(*places, color=colours[name], linewidth=1.2)
+            reliability.scatter(*places, s=sizes, color=colours[name], zorder=3)
+        _finish(reliability, "Reliability of probabilities", "score", "share that clinicians call usable")
     figure.savefig(path, dpi=160)
 
 

@@ -6,6 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from matplotlib.text import Text
+from sklearn.metrics import roc_auc_score
 
 from modeling_qlung.evaluation import plots
 from modeling_qlung.evaluation.plots import (
@@ -19,6 +20,7 @@ from modeling_qlung.evaluation.plots import (
     plot_sensitivity,
     plot_training_curves,
 )
+from modeling_qlung.evaluation.quality_figures import plot_discrimination
 from modeling_qlung.evaluation.tasks import TASKS
 
 CLASSES = ("normal", "crackle", "wheeze", "both")
@@ -231,3 +233,17 @@ def test_what_cannot_be_drawn_is_named(tmp_path, call, message):
     with pytest.raises(ValueError, match=message) as error:
         call(tmp_path / "figure.png")
     assert "figure.png" in str(error.value)
+
+
+def test_areas_are_means_over_seeds_and_probabilities_alone_have_a_reliability(tmp_path, figures):
+    rng = np.random.default_rng(0)
+    poor = rng.random(200) < 0.3
+    scores = {"loudness": rng.random((3, 200)), "chance": np.where(poor, 0.25, 0.85)[None]}
+    plot_discrimination(scores, ["chance"], poor, tmp_path / "label.png")
+    roc, reliability = figures[0].axes
+    area = np.mean([roc_auc_score(poor, -one) for one in scores["loudness"]])
+    assert [text.get_text() for text in roc.get_legend().texts] == [f"loudness: {area:.3f}", "chance: 1.000"]
+    _, drawn = reliability.lines
+    np.testing.assert_allclose(drawn.get_data(), [[0.25, 0.85], [0, 1]])
+    plot_discrimination(scores, [], poor, tmp_path / "label.png")
+    assert len(figures[1].axes) == 1
