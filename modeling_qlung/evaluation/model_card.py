@@ -418,7 +418,7 @@ def _quality(run: RunDescription) -> str:
             "The quality of a cycle is the probability that a clinician would call its recording usable, from a "
             "small network on its levels in bands, fitted on the recordings that SPRSound's annotators called poor, "
             "and made to fall as noise is added. Of children that it was not fitted on, it tells the poor recordings "
-            "with an AUROC of 0.96 from the whole of them, and of 0.87 from three seconds. It knows children's "
+            "with an AUROC of 0.96 from the whole of them, and of 0.88 from three seconds. It knows children's "
             "recordings from one stethoscope; what it says of others was not judged by anybody."
         )
     return (

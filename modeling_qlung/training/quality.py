@@ -10,7 +10,9 @@ parts of the poor ones. It needs no copies of other gains, filters or rates: wha
 
 No label says that more noise is worse: that is asked for beside, of copies of one recording with more and less of the
 same noise, and of simulated recordings, whose signal-to-noise ratio is known. These are silent between breaths, and a
-network would learn that silence is good: some parts have stretches made quieter or silent, and keep their label.
+network would learn that silence is good: some parts have stretches made quieter or silent, and keep their label. Beside
+loud noise all else is quiet too: parts with such noise in most of them are unusable, with a moment of it as before.
+Faint noise lies under some parts and events, for what a recorder adds to a pause tells as little as silence does.
 
 Writes `quality_parameters_qlung.py`, and prints how well children that were not in fitting are told. With `--ceiling`
 it writes nothing, and prints how well networks of other sizes do, and with fewer children to learn from.
@@ -71,6 +73,12 @@ MILDEST, SEVEREST = 2, 2  # of the levels of noise are little and much
 # Of parts, how long, and by how much. With half as many, pauses lift a fifth of the refused poor recordings over 0.5.
 QUIETER_SHARE, QUIETER_FRAMES, QUIETER_DB = 0.3, (6, 94), (10.0, 60.0)
 SILENT_SHARE = 0.3  # of what is made quieter
+# Of parts and events have white noise throughout, that is so much weaker than they are.
+FAINT_SHARE, FAINT_DB = 0.3, (25.0, 60.0)
+# Of parts have noise of any kind in such a share of their time: for most of it, which is unusable, or for a moment. The
+# ratio is of the part's mean power to that of the noise while it lasts.
+MOST_SHARE, MOST_OF_IT, MOST_SNR_DB = 0.1, (0.4, 0.8), (-40.0, 0.0)
+MOMENT_SHARE, MOMENT_OF_IT, MOMENT_SNR_DB = 0.1, (0.02, 0.1), (-40.0, 10.0)
 CHANNELS, KERNEL, LAYERS = 16, 5, 4
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 60, 48, 4e-3
 
@@ -185,14 +193,14 @@ def simulated_powers() -> list[Tensor]:
 
 
 @functools.cache
-def noise_powers() -> list[Tensor]:
+def noise_powers() -> dict[str, list[Tensor]]:
     """Synthesise ten seconds of each kind of `NOISES`, several times: power in bands, (24, frames) of each draw."""
     samples = round(LONGEST * LEVEL_FRAME_S * RATE)
-    found = []
+    found: dict[str, list[Tensor]] = {}
     for number, kind in enumerate(NOISES):
-        for draw in range(ALONE_DRAWS):
-            noise = synthesize(kind, samples, np.random.default_rng((ALONE_SEED, number, draw)))
-            found.append(band_powers(0.05 * noise.astype(np.float32), RATE))  # of any level: they are read relative
+        rngs = [np.random.default_rng((ALONE_SEED, number, draw)) for draw in range(ALONE_DRAWS)]
+        sounds = [0.05 * synthesize(kind, samples, rng).astype(np.float32) for rng in rngs]  # whose level is not read
+        found[kind] = [band_powers(sound, RATE) for sound in sounds]
     return found
 
 
@@ -307,15 +315,52 @@ class Batches:
                 return of_kind[self.rng.integers(MILDEST)], float(example.usable)
             return of_kind[-1 - self.rng.integers(SEVEREST)], 0.0
         if draw >= 1 - ALONE_SHARE:
-            noises = noise_powers()
-            return noises[self.rng.integers(len(noises))], 0.0
+            return self._noise(list(NOISES)), 0.0
         return example.powers, float(example.usable)
+
+    def _noise(self, kinds: list[str]) -> Tensor:
+        """Draw the powers (24, frames) of noise of one of the kinds."""
+        draws = noise_powers()[kinds[self.rng.integers(len(kinds))]]
+        return draws[self.rng.integers(len(draws))]
+
+    def _added(self, powers: Tensor, kinds: list[str], of_it: float, snr_db: float) -> Tensor:
+        """Add noise to a share of the frames of powers (24, frames), at a ratio to their mean while it lasts.
+
+        Powers of independent sounds add up.
+        """
+        frames = powers.shape[1]
+        length = max(1, round(of_it * frames))
+        start = int(self.rng.integers(frames - length + 1))
+        noise = self._noise(kinds)
+        noise = noise[:, (torch.arange(length) + int(self.rng.integers(noise.shape[1]))) % noise.shape[1]]
+        noise = noise / noise.mean().clamp_min(torch.finfo(noise.dtype).tiny)
+        powers = powers.clone()
+        powers[:, start : start + length] += noise * (powers.mean() * 10 ** (-snr_db / 10))
+        return powers
+
+    def _varied(self, powers: Tensor) -> Tensor:
+        """What tells no quality: stretches of powers (24, frames) made quieter, and faint noise, each sometimes."""
+        powers = self._quieter(powers)
+        if self.rng.random() < FAINT_SHARE:
+            powers = self._added(powers, ["white"], 1.0, self.rng.uniform(*FAINT_DB))
+        return powers
+
+    def _disturbed(self, powers: Tensor, target: float) -> tuple[Tensor, float]:
+        """Sometimes add noise to powers (24, frames) for a moment, or for most of the time: then it is unusable."""
+        draw = self.rng.random()
+        if draw < MOST_SHARE:
+            snr_db = self.rng.uniform(*MOST_SNR_DB)
+            return self._added(powers, list(NOISES), self.rng.uniform(*MOST_OF_IT), snr_db), 0.0
+        if draw < MOST_SHARE + MOMENT_SHARE:
+            snr_db = self.rng.uniform(*MOMENT_SNR_DB)
+            return self._added(powers, list(NOISES), self.rng.uniform(*MOMENT_OF_IT), snr_db), target
+        return powers, target
 
     def _part(self, example: Example, frames: int) -> tuple[Tensor, float]:
         powers, target = self._copy(example)
         starts = max(1, powers.shape[1] - frames + 1)
         start = 0 if self.rng.random() < BEGINNING_SHARE else int(self.rng.integers(starts))
-        return self._quieter(powers[:, start : start + frames]), target
+        return self._disturbed(self._varied(powers[:, start : start + frames]), target)
 
     def _event(self, example: Example) -> tuple[Tensor, float]:
         """Of a usable recording: an event of any, each kind and each type in it as often as others."""
@@ -330,7 +375,7 @@ class Batches:
             duration = self.durations[self.rng.integers(len(self.durations))]
             start = int(self.rng.integers(max(1, powers.shape[1] - duration + 1)))
         start = min(start, powers.shape[1] - min(duration, powers.shape[1]))
-        return self._quieter(powers[:, start : start + duration]), target
+        return self._varied(powers[:, start : start + duration]), target
 
 
 def batched_levels(parts: Sequence[Tensor], frames: int) -> Tensor:

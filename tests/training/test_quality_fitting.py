@@ -11,10 +11,11 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
-from modeling_qlung.evaluation.noises import NOISES
+from modeling_qlung.evaluation.noises import NOISES, synthesize
 from modeling_qlung.evaluation.quality_recordings import POOR, Recordings
 from modeling_qlung.quality_qlung import (
     LEVEL_BANDS,
+    LEVEL_FRAME_S,
     SHORTEST_FRAMES,
     band_powers,
     learned_quality,
@@ -180,7 +181,8 @@ def as_recorded(monkeypatch: pytest.MonkeyPatch, event_share: float) -> None:
     monkeypatch.setattr(quality, "LITTLE_SHARE", 0.0)
     monkeypatch.setattr(quality, "MUCH_SHARE", 0.0)
     monkeypatch.setattr(quality, "ALONE_SHARE", 0.0)
-    monkeypatch.setattr(quality, "QUIETER_SHARE", 0.0)
+    for share in ("QUIETER_SHARE", "FAINT_SHARE", "MOST_SHARE", "MOMENT_SHARE"):
+        monkeypatch.setattr(quality, share, 0.0)
     monkeypatch.setattr(quality, "relative_levels", lambda powers: powers)
 
 
@@ -220,12 +222,12 @@ def test_little_noise_keeps_the_label_and_much_noise_is_unusable(monkeypatch: py
 @pytest.mark.parametrize("event_share", [0.0, 1.0])
 def test_noise_alone_is_unusable_in_place_of_any_recording(event_share: float, monkeypatch: pytest.MonkeyPatch):
     as_recorded(monkeypatch, event_share)
-    powers = noise_powers()
-    assert len(powers) == 2 * len(NOISES)
+    powers = [one for draws in noise_powers().values() for one in draws]
+    assert [len(draws) for draws in noise_powers().values()] == [2] * len(NOISES)
     assert all(one.shape == (LEVEL_BANDS, LONGEST - 1) for one in powers)
     assert len({float(one.sum()) for one in powers}) == len(powers)  # all draws differ
     monkeypatch.setattr(quality, "ALONE_SHARE", 0.3)
-    monkeypatch.setattr(quality, "noise_powers", lambda: [torch.zeros(LEVEL_BANDS, LONGEST - 1)])
+    monkeypatch.setattr(quality, "noise_powers", lambda: of_each_kind(torch.zeros(LEVEL_BANDS, LONGEST - 1)))
     examples = [counting(1, 400, True, [Event("Normal", 380, 400)]), counting(2, 400, False)]
     draw, alone = Batches(examples, np.random.default_rng(0)), 0
     for _ in range(200):
@@ -251,6 +253,89 @@ def test_stretches_are_made_quieter_whatever_the_label(monkeypatch: pytest.Monke
             silent += bool((part == 0).any())
     assert 30 < silent < 70
     assert examples[0].powers.min() == 1001  # drawn from, not changed
+
+
+def of_each_kind(powers: Tensor) -> dict[str, list[Tensor]]:
+    """One draw of each kind of noise, all the same."""
+    return {kind: [powers] for kind in NOISES}
+
+
+def flat(number: int, usable: bool) -> Example:
+    """An example of 400 frames whose power is its number, and that of its events too."""
+    powers = torch.full((LEVEL_BANDS, 400), float(number))
+    return Example(powers, powers.expand(KINDS_EACH, 8, -1, -1), usable, [Event("Normal", 100, 180)] if usable else [])
+
+
+@pytest.mark.parametrize("event_share", [0.0, 1.0])
+def test_faint_noise_lies_under_all_of_a_part_whatever_the_label(event_share: float, monkeypatch: pytest.MonkeyPatch):
+    as_recorded(monkeypatch, event_share)
+    monkeypatch.setattr(quality, "FAINT_SHARE", 0.5)
+    noise = torch.ones(LEVEL_BANDS, LONGEST - 1)
+    monkeypatch.setattr(quality, "noise_powers", lambda: {"white": [noise], "knocks": [1e9 * noise]})
+    draw, weaker = Batches([flat(1, True), flat(2, False)], np.random.default_rng(0)), []
+    for _ in range(200):
+        levels, targets = draw(np.arange(2))
+        assert targets.tolist() == [1, 0]
+        for part, power in zip(levels.double(), (1, 2), strict=True):
+            added = part / power - 1
+            assert (added == added[0, 0]).all()
+            weaker.append(float(added[0, 0]))
+    found = -10 * np.log10([one for one in weaker if one])
+    assert 160 < len(found) < 240
+    assert 24.9 < found.min() < 28
+    assert 55 < found.max() < 60.5  # 24 bits of mantissa
+    assert 40 < found.mean() < 45
+
+
+def test_noise_in_most_of_a_part_is_unusable_and_a_moment_of_it_is_not(monkeypatch: pytest.MonkeyPatch):
+    as_recorded(monkeypatch, event_share=0.0)
+    monkeypatch.setattr(quality, "noise_powers", lambda: of_each_kind(torch.ones(LEVEL_BANDS, LONGEST - 1)))
+    settings = {"MOST": (0.0, (0.4, 0.8), (-40, 0)), "MOMENT": (1.0, (0.02, 0.1), (-40, 10))}
+    for what, (target, of_it, snr_db) in settings.items():
+        monkeypatch.setattr(quality, f"{what}_SHARE", 1.0)
+        draw, shares, ratios = Batches([flat(1, True), flat(2, False)], np.random.default_rng(0)), [], []
+        for _ in range(200):
+            levels, targets = draw(np.arange(2))
+            assert targets.tolist() == [target, 0]
+            for part, power in zip(levels, (1, 2), strict=True):
+                loud = part[0] > power
+                assert loud.int().diff().abs().sum() <= 2  # one stretch
+                assert torch.equal(loud.expand(LEVEL_BANDS, -1), part > power)
+                shares.append(float(loud.float().mean()))
+                ratios.append(-10 * np.log10(float(part.max()) / power - 1))
+        for found, (low, high) in ((shares, of_it), (ratios, snr_db)):
+            assert low - 0.01 < min(found) < max(found) < high + 0.01
+            assert max(found) - min(found) > 0.9 * (high - low)
+        monkeypatch.setattr(quality, f"{what}_SHARE", 0.0)
+
+
+def test_events_are_not_disturbed(monkeypatch: pytest.MonkeyPatch):
+    as_recorded(monkeypatch, event_share=1.0)
+    monkeypatch.setattr(quality, "MOST_SHARE", 1.0)
+    levels, targets = Batches([flat(1, True), flat(2, False)], np.random.default_rng(0))(np.arange(2))
+    assert targets.tolist() == [1, 0]
+    assert levels.max() == 2
+
+
+@pytest.mark.parametrize("kind", NOISES)
+def test_added_noise_is_that_of_the_sounds_added(kind: str, monkeypatch: pytest.MonkeyPatch):
+    as_recorded(monkeypatch, event_share=0.0)
+    samples, snr_db = round(LONGEST * LEVEL_FRAME_S * 16000), -6.0
+
+    def measured(sound: np.ndarray) -> Tensor:
+        return band_powers(sound) * np.abs(sound).max() ** 2  # of the samples, not of the largest one
+
+    breath, noise = sound(True, 3, samples / 16000), noise_powers()[kind][1]
+    powers = measured(breath)
+    draw = Batches([Example(powers, torch.empty(0), True, [])], np.random.default_rng(0))
+    monkeypatch.setattr(quality, "noise_powers", lambda: {kind: [noise]})
+    added = draw._added(powers, [kind], 1.0, snr_db) - powers
+    assert float(added.mean() / powers.mean()) == pytest.approx(10 ** (-snr_db / 10), rel=1e-3)
+    made = synthesize(kind, samples, np.random.default_rng((quality.ALONE_SEED, [*NOISES].index(kind), 1)))
+    made *= np.sqrt(float(powers.mean() / measured(made).mean())) * 10 ** (-snr_db / 20)
+    expected = (measured(breath + made) - powers).mean(dim=1)
+    loud = expected > 0.2 * expected.max()  # elsewhere what the two sounds share by chance is not small
+    assert torch.allclose(added.mean(dim=1)[loud], expected[loud], rtol=0.1)
 
 
 def test_copies_to_rank_are_the_same_part_of_one_recording(monkeypatch: pytest.MonkeyPatch):
