@@ -73,9 +73,9 @@ MILDEST, SEVEREST = 2, 2  # of the levels of noise are little and much
 # Of parts, how long, and by how much. With half as many, pauses lift a fifth of the refused poor recordings over 0.5.
 QUIETER_SHARE, QUIETER_FRAMES, QUIETER_DB = 0.3, (6, 94), (10.0, 60.0)
 SILENT_SHARE = 0.3  # of what is made quieter
-# Of parts and events have white noise throughout, that is so much weaker than they are.
+# Of parts and events, with white noise throughout, and how far it is below them.
 FAINT_SHARE, FAINT_DB = 0.3, (25.0, 60.0)
-# Of parts have noise of any kind in such a share of their time: for most of it, which is unusable, or for a moment. The
+# Of parts, with noise of any kind in some share of them: in most of it, which makes them unusable, or for a moment. The
 # ratio is of the part's mean power to that of the noise while it lasts.
 MOST_SHARE, MOST_OF_IT, MOST_SNR_DB = 0.1, (0.4, 0.8), (-40.0, 0.0)
 MOMENT_SHARE, MOMENT_OF_IT, MOMENT_SNR_DB = 0.1, (0.02, 0.1), (-40.0, 10.0)
