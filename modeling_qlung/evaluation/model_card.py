@@ -417,9 +417,10 @@ def _quality(run: RunDescription) -> str:
         return (
             "The quality of a cycle is the probability that a clinician would call its recording usable, from a "
             "small network on its levels in bands, fitted on the recordings that SPRSound's annotators called poor, "
-            "and made to fall as noise is added. Of children that it was not fitted on, it tells the poor recordings "
-            "with an AUROC of 0.96 from the whole of them, and of 0.88 from three seconds. It knows children's "
-            "recordings from one stethoscope; what it says of others was not judged by anybody."
+            "and made to fall as noise is added, to all of a recording or to much of it. Of children that it was not "
+            "fitted on, it tells the poor recordings with an AUROC of 0.96 from the whole of them, and of 0.88 from "
+            "three seconds. It knows children's recordings from one stethoscope; what it says of others was not judged "
+            "by anybody."
         )
     return (
         "QLung's quality score of a cycle rises with its energy and falls with its spectral entropy; the paper leaves "

@@ -326,7 +326,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         points.scores.append(_row(part, of_recordings, of_cycles, gated, points))
         for name, items in gated.items():
             if curves := items.risk_coverage(points.threshold):
-                plot_risk_coverage(curves, args.run / gate_figure(name), f"Recordings, {name}")
+                title = f"{len(items.truth):,} recordings, {name}"
+                plot_risk_coverage(curves, args.run / gate_figure(name), title)
     text = json.dumps({name: _rounded(value) for name, value in asdict(points).items()})
     path = args.run / FILE_NAME
     write_text(path, text + "\n")
@@ -338,7 +339,7 @@ def _rounded(value):
         return {name: _rounded(each) for name, each in value.items()}
     if isinstance(value, list):
         return [_rounded(each) for each in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -290,14 +290,15 @@ def plot_risk_coverage(curves: Mapping[str, RiskCoverage], path: str | Path, tit
         label = f"{name} (area {100 * curve.area:.1f})"
         axes.plot(100 * curve.coverage, 100 * curve.risk, color=colours[name], linewidth=1.8, label=label)
     whole = 100 * next(iter(curves.values())).risk[-1]
-    axes.axhline(whole, color=MUTED, linewidth=1.2, linestyle="--", label=f"error of all ({whole:.1f})")
+    axes.axhline(whole, color=MUTED, linewidth=1.2, linestyle="--", label=f"none (area {whole:.1f})")
     axes.set_xlim(0, 100)
     axes.set_ylim(0, None)
     axes.set_xlabel("answered, percent", color=MUTED)
     axes.set_ylabel("wrong among them, percent", color=MUTED)
     quiet(axes)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9, title="answered in the order of", alignment="left")
-    axes.set_title(title, loc="left", color=INK, weight="bold", pad=10)
+    legend = axes.legend(frameon=False, labelcolor=INK, fontsize=9, title="answered in the order of", alignment="left")
+    legend.get_title().set_color(INK)
+    axes.set_title(title, loc="left", color=INK, weight="bold", pad=10, fontsize=10.5)
     figure.savefig(path, dpi=160)
 
 

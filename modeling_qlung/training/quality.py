@@ -10,9 +10,10 @@ parts of the poor ones. It needs no copies of other gains, filters or rates: wha
 
 No label says that more noise is worse: that is asked for beside, of copies of one recording with more and less of the
 same noise, and of simulated recordings, whose signal-to-noise ratio is known. These are silent between breaths, and a
-network would learn that silence is good: some parts have stretches made quieter or silent, and keep their label. Beside
-loud noise all else is quiet too: parts with such noise in most of them are unusable, with a moment of it as before.
-Faint noise lies under some parts and events, for what a recorder adds to a pause tells as little as silence does.
+network would learn that silence is good: some parts have stretches made quieter or silent, and keep their label. Faint
+noise lies under some parts and events, for what a recorder adds to a pause tells as little as silence does. And what is
+beside loud noise is quiet in comparison, as a clear recording's pauses are: some parts have noise for two fifths of
+their time or more, which makes them unusable, and some for a moment, which does not.
 
 Writes `quality_parameters_qlung.py`, and prints how well children that were not in fitting are told. With `--ceiling`
 it writes nothing, and prints how well networks of other sizes do, and with fewer children to learn from.
@@ -73,12 +74,13 @@ MILDEST, SEVEREST = 2, 2  # of the levels of noise are little and much
 # Of parts, how long, and by how much. With half as many, pauses lift a fifth of the refused poor recordings over 0.5.
 QUIETER_SHARE, QUIETER_FRAMES, QUIETER_DB = 0.3, (6, 94), (10.0, 60.0)
 SILENT_SHARE = 0.3  # of what is made quieter
-# Of parts and events, with white noise throughout, and how far it is below them.
+# Of parts and events have faint white noise throughout, so far below them.
 FAINT_SHARE, FAINT_DB = 0.3, (25.0, 60.0)
-# Of parts, with noise of any kind in some share of them: in most of it, which makes them unusable, or for a moment. The
-# ratio is of the part's mean power to that of the noise while it lasts.
-MOST_SHARE, MOST_OF_IT, MOST_SNR_DB = 0.1, (0.4, 0.8), (-40.0, 0.0)
-MOMENT_SHARE, MOMENT_OF_IT, MOMENT_SNR_DB = 0.1, (0.02, 0.1), (-40.0, 10.0)
+# Of parts (events are too short to be interrupted) have noise of any kind in a portion of them: a long one, which makes
+# them unusable but leaves some of what is to be told from a pause, or a moment. Ratios are of powers in the mean of all
+# bands, the noise's while it lasts, and so not quite those of `evaluation.noises`.
+LONG_SHARE, LONG_PORTION, LONG_SNR_DB = 0.1, (0.4, 0.8), (-40.0, 0.0)
+MOMENT_SHARE, MOMENT_PORTION, MOMENT_SNR_DB = 0.1, (0.02, 0.1), (-40.0, 10.0)
 CHANNELS, KERNEL, LAYERS = 16, 5, 4
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 60, 48, 4e-3
 
@@ -248,7 +250,7 @@ class Batches:
     def __call__(self, chosen: NDArray) -> tuple[Tensor, Tensor]:
         """Draw a part of each of the chosen recordings (batch,), or an event of any instead of each usable one.
 
-        Of some of them it is a copy with noise, or noise alone.
+        Some are of a copy with noise, or noise alone; some have pauses, faint noise, or noise for a while.
         """
         if self.events and self.rng.random() < EVENT_SHARE:
             frames = self._length(LONGEST_EVENT)
@@ -315,21 +317,24 @@ class Batches:
                 return of_kind[self.rng.integers(MILDEST)], float(example.usable)
             return of_kind[-1 - self.rng.integers(SEVEREST)], 0.0
         if draw >= 1 - ALONE_SHARE:
-            return self._noise(list(NOISES)), 0.0
+            return self._noise(), 0.0
         return example.powers, float(example.usable)
 
-    def _noise(self, kinds: list[str]) -> Tensor:
+    def _noise(self, kinds: Sequence[str] = tuple(NOISES)) -> Tensor:
         """Draw the powers (24, frames) of noise of one of the kinds."""
-        draws = noise_powers()[kinds[self.rng.integers(len(kinds))]]
+        draws = noise_powers()[kinds[int(self.rng.integers(len(kinds)))]]
         return draws[self.rng.integers(len(draws))]
 
-    def _added(self, powers: Tensor, kinds: list[str], of_it: float, snr_db: float) -> Tensor:
-        """Add noise to a share of the frames of powers (24, frames), at a ratio to their mean while it lasts.
+    def _with_noise(
+        self, powers: Tensor, portion: float, snr_db: float, kinds: Sequence[str] = tuple(NOISES)
+    ) -> Tensor:
+        """Add noise to a portion of the frames of powers (24, frames), at a ratio to their mean while it lasts.
 
-        Powers of independent sounds add up.
+        Powers of independent sounds add up. Of knocks and cries a moment may hold a pause: what is left in it is made
+        as loud.
         """
         frames = powers.shape[1]
-        length = max(1, round(of_it * frames))
+        length = max(1, round(portion * frames))
         start = int(self.rng.integers(frames - length + 1))
         noise = self._noise(kinds)
         noise = noise[:, (torch.arange(length) + int(self.rng.integers(noise.shape[1]))) % noise.shape[1]]
@@ -339,21 +344,21 @@ class Batches:
         return powers
 
     def _varied(self, powers: Tensor) -> Tensor:
-        """What tells no quality: stretches of powers (24, frames) made quieter, and faint noise, each sometimes."""
+        """Sometimes vary powers (24, frames) by what tells no quality: stretches made quieter, and faint noise."""
         powers = self._quieter(powers)
         if self.rng.random() < FAINT_SHARE:
-            powers = self._added(powers, ["white"], 1.0, self.rng.uniform(*FAINT_DB))
+            powers = self._with_noise(powers, 1.0, self.rng.uniform(*FAINT_DB), ["white"])
         return powers
 
     def _disturbed(self, powers: Tensor, target: float) -> tuple[Tensor, float]:
-        """Sometimes add noise to powers (24, frames) for a moment, or for most of the time: then it is unusable."""
+        """Sometimes add noise to powers (24, frames): for a moment, or for long, which makes them unusable."""
         draw = self.rng.random()
-        if draw < MOST_SHARE:
-            snr_db = self.rng.uniform(*MOST_SNR_DB)
-            return self._added(powers, list(NOISES), self.rng.uniform(*MOST_OF_IT), snr_db), 0.0
-        if draw < MOST_SHARE + MOMENT_SHARE:
+        if draw < LONG_SHARE:
+            snr_db = self.rng.uniform(*LONG_SNR_DB)
+            return self._with_noise(powers, self.rng.uniform(*LONG_PORTION), snr_db), 0.0
+        if draw < LONG_SHARE + MOMENT_SHARE:
             snr_db = self.rng.uniform(*MOMENT_SNR_DB)
-            return self._added(powers, list(NOISES), self.rng.uniform(*MOMENT_OF_IT), snr_db), target
+            return self._with_noise(powers, self.rng.uniform(*MOMENT_PORTION), snr_db), target
         return powers, target
 
     def _part(self, example: Example, frames: int) -> tuple[Tensor, float]:
@@ -423,7 +428,7 @@ def train(examples: Sequence[Example], seed: int = 0, channels: int = CHANNELS, 
                 ranked = [draw.ranked(frames), draw.ranked_simulated(frames)] if ranks else []
                 batches = [levels, *(copies for copies, _ in ranked)]
                 logits, *of_copies = network(torch.cat(batches)).split([len(batch) for batch in batches])
-                # One recording in eleven is poor: as if it were one in three.
+                # One recording in eleven is poor, and with the noise one target in five is 0: as if three in five were.
                 loss = F.binary_cross_entropy_with_logits(logits, usable, weight=1 + 4 * (1 - usable))
                 for found, (_, noise), weight in zip(of_copies, ranked, (1.0, SIMULATED_WEIGHT), strict=False):
                     loss = loss + weight * noise_loss(found.view_as(noise), noise)

@@ -8,9 +8,10 @@ waveform as recorded, before fading and padding, and within a band that every re
 
 `learned` is the probability that a clinician would call the recording usable: a small convolutional network, fitted on
 the 1,949 training recordings of SPRSound (Zhang et al. 2022), and made to fall as noise is added to these and to
-simulated recordings. It reads levels in narrow bands, each relative to the recording's own in that band, so that
-neither gain nor sampling rate nor the stethoscope's frequency response counts, and the recording as a loop, so that
-hardly anything counts but what is heard: a sound twice over scores as it does once, but for the seam.
+simulated recordings, and to refuse loud noise in much of a recording. It reads levels in narrow bands, each relative to
+the recording's own in that band, so that neither gain nor sampling rate nor the stethoscope's frequency response
+counts, and the recording as a loop, so that hardly anything counts but what is heard: a sound twice over scores as it
+does once, but for the seam.
 """
 
 import functools

@@ -238,11 +238,11 @@ def test_what_cannot_be_drawn_is_named(tmp_path, call, message):
 def test_areas_are_means_over_seeds_and_probabilities_alone_have_a_reliability(tmp_path, figures):
     rng = np.random.default_rng(0)
     poor = rng.random(200) < 0.3
-    scores = {"loudness": rng.random((3, 200)), "chance": np.where(poor, 0.25, 0.85)[None]}
-    plot_discrimination(scores, ["chance"], poor, tmp_path / "label.png")
+    scores = {"loudness": rng.random((3, 200)), "loud": np.where(poor, 0.25, 0.85)[None]}
+    plot_discrimination(scores, ["loud"], poor, tmp_path / "label.png")
     roc, reliability = figures[0].axes
     area = np.mean([roc_auc_score(poor, -one) for one in scores["loudness"]])
-    assert [text.get_text() for text in roc.get_legend().texts] == [f"loudness: {area:.3f}", "chance: 1.000"]
+    assert [text.get_text() for text in roc.get_legend().texts] == [f"loudness: {area:.3f}", "loud: 1.000"]
     _, drawn = reliability.lines
     np.testing.assert_allclose(drawn.get_data(), [[0.25, 0.85], [0, 1]])
     plot_discrimination(scores, [], poor, tmp_path / "label.png")
