@@ -7,10 +7,10 @@ ABOUT = (
     "No recording at hand? Simulated ones show how the page works. The model in the box learned from "
     "real ones alone: what it marks in these means nothing."
 )
-# name: (file, device, seed, kinds of its cycles)
+# name: (file, device, seed, kinds of its cycles); of these seeds noise lies some 20 dB below or more
 EXAMPLES: dict[str, tuple[str, int, int, list[str]]] = {
-    "Simulated normal breathing": ("simulated_normal.flac", 0, 1, ["Normal"] * 4),
-    "Simulated crackles": ("simulated_crackles.flac", 0, 2, ["Normal", "Coarse Crackle", "Normal", "Coarse Crackle"]),
+    "Simulated normal breathing": ("simulated_normal.flac", 0, 2, ["Normal"] * 4),
+    "Simulated crackles": ("simulated_crackles.flac", 0, 1, ["Normal", "Coarse Crackle", "Normal", "Coarse Crackle"]),
     "Simulated wheezes": ("simulated_wheezes.flac", 0, 3, ["Wheeze", "Normal", "Wheeze", "Normal"]),
 }
 

@@ -16,6 +16,7 @@ import pytest
 import soundfile
 import yaml
 
+from modeling_qlung.inference import LungSoundAnalyzer
 from tests.space.conftest import ROOT, SPACE
 
 gradio = pytest.importorskip("gradio", reason="gradio is not installed: the page is not tested")
@@ -207,6 +208,7 @@ def test_examples_are_small_and_named_simulated(app):
         assert "imulated" in name
         assert Path(path).stat().st_size < 100_000
         assert 5 < soundfile.info(path).duration < 16
+        assert LungSoundAnalyzer.from_pretrained(SPACE / "model")(path).can_tell
 
 
 def test_examples_are_what_the_simulator_makes(app, monkeypatch, tmp_path):
