@@ -74,11 +74,11 @@ MILDEST, SEVEREST = 2, 2  # of the levels of noise are little and much
 # Of parts, how long, and by how much. With half as many, pauses lift a fifth of the refused poor recordings over 0.5.
 QUIETER_SHARE, QUIETER_FRAMES, QUIETER_DB = 0.3, (6, 94), (10.0, 60.0)
 SILENT_SHARE = 0.3  # of what is made quieter
-# Of parts and events have faint white noise throughout, so far below them.
+# `FAINT_SHARE` of parts and events have white noise throughout, `FAINT_DB` below them.
 FAINT_SHARE, FAINT_DB = 0.3, (25.0, 60.0)
-# Of parts (events are too short to be interrupted) have noise of any kind in a portion of them: a long one, which makes
-# them unusable but leaves some of what is to be told from a pause, or a moment. Ratios are of powers in the mean of all
-# bands, the noise's while it lasts, and so not quite those of `evaluation.noises`.
+# Such shares of parts (events are too short to be interrupted) have noise of any kind in a portion of them: a long one,
+# which makes them unusable but leaves some of what is to be told from a pause, or a moment. Ratios are of powers in the
+# mean of all bands, the noise's while it lasts, and so not quite those of `evaluation.noises`.
 LONG_SHARE, LONG_PORTION, LONG_SNR_DB = 0.1, (0.4, 0.8), (-40.0, 0.0)
 MOMENT_SHARE, MOMENT_PORTION, MOMENT_SNR_DB = 0.1, (0.02, 0.1), (-40.0, 10.0)
 CHANNELS, KERNEL, LAYERS = 16, 5, 4
